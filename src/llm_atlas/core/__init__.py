@@ -1,0 +1,1 @@
+"""The floor everything stands on: devices, seeds, fetched assets, weight files."""
