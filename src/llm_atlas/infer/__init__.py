@@ -1,0 +1,1 @@
+"""Running a model: the one generate loop and what plugs into it."""

@@ -1,0 +1,169 @@
+"""One Decoder: GPT-2, Llama, Qwen3 and the rest are configurations of it."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llm_atlas.nn.attention import MultiHeadAttention
+from llm_atlas.nn.block import Block, Placement
+from llm_atlas.nn.cache import KVCache
+from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
+from llm_atlas.nn.masks import visible
+from llm_atlas.nn.norm import LayerNorm, RMSNorm
+from llm_atlas.nn.positions import LearnedPositions, PositionScheme, RotaryPositions, SinusoidalPositions
+
+Norm = Literal["layer", "rms"]
+Positions = Literal["none", "sinusoidal", "learned", "rotary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder. Sizes in features or tokens; `kv_heads` and `head_dim` follow `heads` unless given."""
+
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    hidden: int
+    context: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    activation: str = "silu"
+    gated: bool = True
+    norm: Norm = "rms"
+    norm_eps: float = 1e-5
+    placement: Placement = "pre"
+    positions: Positions = "rotary"
+    rope_base: float = 10000.0
+    attention_bias: bool = False
+    out_bias: bool = False
+    feedforward_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "dim", "layers", "heads", "hidden", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name, kinds in (("norm", Norm), ("positions", Positions), ("placement", Placement)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(kinds))}")
+
+
+class Decoder(nn.Module):
+    """Token ids to logits: embed, a stack of blocks, a last norm, and the unembedding.
+
+    Radford et al. 2018, section 3.1 (GPT); Touvron et al. 2023, section 2.2 (arXiv 2302.13971).
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.positions = embedded_positions(config)
+        rotary = rotary_positions(config)  # one table, shared by all layers
+        norm = partial({"layer": LayerNorm, "rms": RMSNorm}[config.norm], config.dim, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(self._block(norm, rotary) for _ in range(config.layers))
+        # A post-norm stack already ends in a norm.
+        self.norm = nn.Identity() if config.placement == "post" else norm()
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
+
+    def _block(self, norm: partial, rotary: PositionScheme) -> Block:
+        c = self.config
+        mixer = MultiHeadAttention(
+            c.dim,
+            c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            bias=c.attention_bias,
+            out_bias=c.out_bias,
+            qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps,
+            positions=rotary,
+        )
+        make = GatedFeedForward if c.gated else FeedForward
+        feedforward = make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
+        return Block(mixer, feedforward, norm, placement=c.placement)
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        *,
+        positions: Int[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch2 heads2 seq keys"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The residual stream after the last norm, one vector a token.
+
+        Without `positions` the tokens follow on from what the cache holds. With them (`nn.masks.left_pad` makes them)
+        rows may be of different length; padding has position -1. `mask` replaces the causal mask.
+        """
+        past = 0 if cache is None else cache.length
+        self._check(ids, past)
+        plain = positions is None
+        if plain and (cache is None or cache.plain):
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        elif plain:
+            # Behind padding, every row counts on from its own last position.
+            positions = cache.positions[:, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
+        key_positions = positions if cache is None else cache.place(positions, plain=plain)
+        if mask is None and not (plain if cache is None else cache.plain):
+            mask = visible(positions, key_positions)
+        x = self.positions.embed(self.embed(ids), positions)
+        for index, block in enumerate(self.blocks):
+            x = block(x, positions=positions, mask=mask, cache=None if cache is None else cache[index])
+        return self.norm(x)
+
+    def unembed(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
+        """Hidden vectors to logits, with the embedding's own weights where they are tied."""
+        return functional.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        *,
+        positions: Int[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch2 heads2 seq keys"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits for the token after each token; arguments as in `hidden`."""
+        return self.unembed(self.hidden(ids, positions=positions, mask=mask, cache=cache))
+
+    def make_cache(self, *, capacity: int = 0) -> KVCache:
+        """An empty cache that fits this model."""
+        return KVCache(self.config.layers, capacity=capacity)
+
+    def _check(self, ids: Tensor, past: int) -> None:
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must have shape (batch, seq) with seq at least 1, got {tuple(ids.shape)}")
+        if past + ids.shape[1] > self.config.context:
+            raise ValueError(f"{past + ids.shape[1]} tokens do not fit the context of {self.config.context}")
+        if ids.device != self.embed.weight.device:
+            raise ValueError(f"ids are on {ids.device}, the model is on {self.embed.weight.device}")
+        if ids.device.type == "cpu":  # elsewhere reading values back would make the device wait
+            low, high = ids.aminmax()
+            if int(low) < 0 or int(high) >= self.config.vocab:
+                bad = int(low) if int(low) < 0 else int(high)
+                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab}")
+
+
+def embedded_positions(config: DecoderConfig) -> PositionScheme:
+    """The scheme that acts on the embeddings, if the configuration names one."""
+    if config.positions == "sinusoidal":
+        return SinusoidalPositions(config.dim)
+    if config.positions == "learned":
+        return LearnedPositions(config.context, config.dim)
+    return PositionScheme()
+
+
+def rotary_positions(config: DecoderConfig) -> PositionScheme:
+    """The scheme that acts inside attention, if the configuration names one."""
+    if config.positions != "rotary":
+        return PositionScheme()
+    head_dim = config.dim // config.heads if config.head_dim is None else config.head_dim
+    return RotaryPositions(head_dim, base=config.rope_base, length=config.context)

@@ -1,0 +1,167 @@
+"""Other people's names for our weights. A family is a table of names and a way to read its configuration.
+
+In a table `{}` stands for the number of a layer.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_atlas.models.decoder import DecoderConfig
+from llm_atlas.nn.positions import PositionScheme
+
+Names = dict[str, str]
+
+_LLAMA_LAYER = {
+    "input_layernorm.weight": "mixer.norm.weight",
+    "self_attn.q_proj.weight": "mixer.sublayer.q.weight",
+    "self_attn.k_proj.weight": "mixer.sublayer.k.weight",
+    "self_attn.v_proj.weight": "mixer.sublayer.v.weight",
+    "self_attn.o_proj.weight": "mixer.sublayer.out.weight",
+    "post_attention_layernorm.weight": "feedforward.norm.weight",
+    "mlp.gate_proj.weight": "feedforward.sublayer.gate.weight",
+    "mlp.up_proj.weight": "feedforward.sublayer.up.weight",
+    "mlp.down_proj.weight": "feedforward.sublayer.down.weight",
+}
+_QWEN3_LAYER = _LLAMA_LAYER | {
+    "self_attn.q_norm.weight": "mixer.sublayer.q_norm.weight",
+    "self_attn.k_norm.weight": "mixer.sublayer.k_norm.weight",
+}
+_OUTSIDE = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+
+
+def _table(layer: Names, prefix: str, outside: Names) -> Names:
+    return outside | {f"{prefix}{{}}.{theirs}": f"blocks.{{}}.{ours}" for theirs, ours in layer.items()}
+
+
+LLAMA = _table(_LLAMA_LAYER, "model.layers.", _OUTSIDE)
+QWEN3 = _table(_QWEN3_LAYER, "model.layers.", _OUTSIDE)
+LLAMA_GGUF = _table(
+    {
+        "attn_norm.weight": "mixer.norm.weight",
+        "attn_q.weight": "mixer.sublayer.q.weight",
+        "attn_k.weight": "mixer.sublayer.k.weight",
+        "attn_v.weight": "mixer.sublayer.v.weight",
+        "attn_output.weight": "mixer.sublayer.out.weight",
+        "ffn_norm.weight": "feedforward.norm.weight",
+        "ffn_gate.weight": "feedforward.sublayer.gate.weight",
+        "ffn_up.weight": "feedforward.sublayer.up.weight",
+        "ffn_down.weight": "feedforward.sublayer.down.weight",
+    },
+    "blk.",
+    {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight", "output.weight": "head.weight"},
+)
+
+
+def rename(weights: Mapping[str, Tensor], names: Names, layers: int) -> dict[str, Tensor]:
+    """Their state dict under our names. Raises ValueError for a tensor that the table does not know."""
+    ours: dict[str, str] = {}
+    for theirs, mine in names.items():
+        for layer in range(layers) if "{}" in theirs else (0,):
+            ours[theirs.format(layer)] = mine.format(layer)
+    unknown = sorted(set(weights) - set(ours))
+    if unknown:
+        raise ValueError(f"{len(unknown)} weights are not in this family's table, the first is {unknown[0]!r}")
+    return {ours[name]: tensor for name, tensor in weights.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights` (our names) into `model`, every one of them. A missing, left-over or misshapen one is named."""
+    wanted = dict(model.named_parameters())
+    for name, parameter in wanted.items():
+        if name not in weights:
+            raise ValueError(f"weight {name!r} is missing")
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"weight {name!r} has shape {tuple(weights[name].shape)}, the model wants {tuple(parameter.shape)}"
+            )
+    left_over = sorted(set(weights) - set(wanted))
+    if left_over:
+        raise ValueError(f"the model has no place for weight {left_over[0]!r}")
+    model.load_state_dict(dict(weights), assign=True)
+
+
+def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """A transformers configuration (as a dict) of the families `llama` and `qwen3`. Unsupported options are named."""
+    kind = config.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise ValueError(f"model_type {kind!r} is not one of llama, qwen3")
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported yet")
+    if config.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is not supported yet")
+    return DecoderConfig(
+        vocab=config["vocab_size"],
+        dim=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim"),
+        hidden=config["intermediate_size"],
+        context=config["max_position_embeddings"],
+        activation=config["hidden_act"],
+        norm_eps=config["rms_norm_eps"],
+        rope_base=rope["rope_theta"],
+        attention_bias=config.get("attention_bias", False),
+        out_bias=config.get("attention_bias", False),
+        feedforward_bias=config.get("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        tied=config["tie_word_embeddings"],
+    )
+
+
+def from_gguf_metadata(metadata: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
+    """The configuration in a GGUF file of architecture `llama`."""
+    if metadata.get("general.architecture") != "llama":
+        raise ValueError(f"architecture {metadata.get('general.architecture')!r} is not 'llama'")
+    return DecoderConfig(
+        vocab=len(metadata["tokenizer.ggml.tokens"]),
+        dim=metadata["llama.embedding_length"],
+        layers=metadata["llama.block_count"],
+        heads=metadata["llama.attention.head_count"],
+        kv_heads=metadata["llama.attention.head_count_kv"],
+        hidden=metadata["llama.feed_forward_length"],
+        context=metadata["llama.context_length"],
+        norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+        rope_base=metadata["llama.rope.freq_base"],
+        tied=tied,
+    )
+
+
+def unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a GGUF query or key matrix, from interleaved rotary pairs back to half-split ones.
+
+    GGUF files of the llama architecture keep feature i and i + d/2 of each head side by side.
+    """
+    if weight.shape[0] % (2 * heads):
+        raise ValueError(f"{weight.shape[0]} rows do not divide into {heads} heads of feature pairs")
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def gguf_weights(read: Callable[[str], Tensor] | Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """All tensors of a GGUF file under our names, query and key rows un-permuted."""
+    weights = rename(read, LLAMA_GGUF, config.layers)
+    for name in weights:
+        if name.endswith((".q.weight", ".k.weight")):
+            heads = config.heads if name.endswith(".q.weight") else (config.kv_heads or config.heads)
+            weights[name] = unpermute(weights[name], heads).contiguous()
+    return weights
+
+
+def build(config: DecoderConfig, weights: Mapping[str, Tensor], model: Callable[[DecoderConfig], nn.Module]) -> nn.Module:
+    """A model with these weights, without first filling it with random ones."""
+    with torch.device("meta"):
+        made = model(config)
+    load_weights(made, weights)
+    device = next(made.parameters()).device
+    for part in made.modules():
+        if isinstance(part, PositionScheme):
+            part.rebuild(device)
+    return made

@@ -1,0 +1,1 @@
+"""Parts of a network: functions first, modules only where weights must live."""

@@ -1,0 +1,74 @@
+"""The block: a mixer (attention) and a feed-forward network on one residual stream."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from llm_atlas.nn.cache import LayerCache
+
+Placement = Literal["pre", "post", "sandwich"]
+
+
+class Residual(nn.Module):
+    r"""A sublayer on the residual stream, with its norm before, after or on both sides of it.
+
+    pre: $x + f(\operatorname{norm}(x))$. post: $\operatorname{norm}(x + f(x))$. sandwich: $x + \operatorname{norm}'(f(\operatorname{norm}(x)))$.
+    He et al. 2015, equation 1 (arXiv 1512.03385); placement: Xiong et al. 2020, section 3 (arXiv 2002.04745).
+    """
+
+    def __init__(self, sublayer: nn.Module, norm: Callable[[], nn.Module], *, placement: Placement = "pre") -> None:
+        super().__init__()
+        if placement not in get_args(Placement):
+            raise ValueError(f"placement {placement!r} is not one of {', '.join(get_args(Placement))}")
+        self.placement = placement
+        self.sublayer = sublayer
+        self.norm = norm()
+        self.norm_after = norm() if placement == "sandwich" else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch seq dim"], **how) -> Float[Tensor, "batch seq dim"]:
+        """`how` goes to the sublayer as it is (positions, mask, context, cache)."""
+        if self.placement == "post":
+            return self.norm(x + self.sublayer(x, **how))
+        return x + self.norm_after(self.sublayer(self.norm(x), **how))
+
+
+class Block(nn.Module):
+    """Mixer, then (in an encoder-decoder) cross-attention, then feed-forward: each a `Residual` on the same stream.
+
+    `norm` makes a fresh norm for each of them. Vaswani et al. 2017, section 3.1 (arXiv 1706.03762).
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        feedforward: nn.Module,
+        norm: Callable[[], nn.Module],
+        *,
+        placement: Placement = "pre",
+        cross: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixer = Residual(mixer, norm, placement=placement)
+        self.cross = None if cross is None else Residual(cross, norm, placement=placement)
+        self.feedforward = Residual(feedforward, norm, placement=placement)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        *,
+        positions: Int[Tensor, "batch2 seq"] | None = None,
+        mask: Bool[Tensor, "batch3 heads2 queries2 keys2"] | None = None,
+        context: Float[Tensor, "batch keys context_dim"] | None = None,
+        context_mask: Bool[Tensor, "batch4 heads3 queries3 keys"] | None = None,
+        cache: LayerCache | None = None,
+        context_cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """Shape (batch, seq, dim) to the same shape. `context` goes to the cross-attention alone."""
+        if (context is None) != (self.cross is None):
+            raise ValueError("context and a cross-attention layer go together: one of them is missing")
+        x = self.mixer(x, positions=positions, mask=mask, cache=cache)
+        if self.cross is not None:
+            x = self.cross(x, positions=positions, mask=context_mask, context=context, cache=context_cache)
+        return self.feedforward(x)
