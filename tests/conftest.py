@@ -1,0 +1,28 @@
+"""What every test has: the markers' meaning, one thread a worker, hypothesis without a clock."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Set before torch is imported. Two workers with a thread for each core are slower than with one each.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A slow machine is no counterexample; a failure prints the line that replays it.
+settings.register_profile("llm-atlas", deadline=None, print_blob=True)
+settings.load_profile("llm-atlas")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
