@@ -1,0 +1,100 @@
+"""The site's side of `explore`: a MyST-NB renderer for its mime type and a Sphinx extension for script and style.
+
+The renderer is declared in pyproject under `myst_nb.mime_renderers`, the extension is listed in `_config.yml`. The
+drawing itself is made in the browser by assets/site/explore.js from the JSON in the page; without JavaScript, and on
+builders other than html, the png of the same output stands in.
+"""
+
+import html
+import json
+from typing import Any, ClassVar
+
+from docutils import nodes
+from myst_nb.core.render import MimeData, MimeRenderPlugin, NbElementRenderer
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+from llm_atlas.book.explore import MIME
+from llm_atlas.core.assets import bundled
+
+__all__ = ["ExploreRenderer", "PlaceStill", "figure_html", "setup"]
+
+_FILES = ("explore.js", "explore.css")
+_CLASS = "atlas-explore"
+
+
+def figure_html(spec: dict[str, Any]) -> tuple[str, str]:
+    """The markup before and after the still that readers without JavaScript get."""
+    # </script> and <!-- inside a string would end the element
+    data = json.dumps(spec, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    opening = (
+        f'<figure class="{_CLASS}">\n'
+        f'<p class="{_CLASS}-title">{html.escape(spec["title"])}</p>\n'
+        f'<script type="application/json">{data}</script>\n'
+        f'<div class="{_CLASS}-body"></div>\n<noscript>\n'
+    )
+    return opening, f"</noscript>\n<figcaption>{html.escape(spec['caption'])}</figcaption>\n</figure>\n"
+
+
+class ExploreRenderer(MimeRenderPlugin):
+    """Renders the mime type of `explore` as a figure; every other type is left to the next renderer."""
+
+    mime_priority_overrides: ClassVar = [("html", MIME, 0)]
+
+    @staticmethod
+    def handle_mime(renderer: NbElementRenderer, data: MimeData, inline: bool) -> None | list[nodes.Element]:
+        if inline or data.mime_type != MIME:
+            return None
+        spec = {**dict(data.content), **data.output_metadata.get(MIME, {})}
+        if "frames" not in spec:
+            raise ValueError(f"cell {data.cell_index} of {renderer.source}: an explorable without its frames")
+        before, after = figure_html(spec)
+        figure = nodes.container(classes=[f"{_CLASS}-output"], atlas_alt=spec["alt"])
+        figure += [nodes.raw("", before, format="html"), nodes.raw("", after, format="html")]
+        return [figure]
+
+
+class PlaceStill(SphinxPostTransform):
+    """Put the png of an explorable's output inside its figure, before MyST-NB drops all but the chosen type."""
+
+    # SelectMimeType of MyST-NB runs at 4
+    default_priority = 3
+    formats = ("html",)
+
+    def run(self, **kwargs: Any) -> None:
+        for bundle in list(self.document.findall(_is_bundle)):
+            outputs = {child["mime_type"]: child for child in bundle.children}
+            if MIME not in outputs or "image/png" not in outputs:
+                continue
+            figure = next(outputs[MIME].findall(lambda node: "atlas_alt" in getattr(node, "attributes", {})))
+            still = next(outputs["image/png"].findall(nodes.image)).deepcopy()
+            still["alt"] = figure["atlas_alt"]
+            figure.insert(1, still)
+
+
+def _is_bundle(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.container) and node.get("nb_element") == "mime_bundle"
+
+
+def _has_explorable(doctree: nodes.document | None) -> bool:
+    return doctree is not None and any(f"{_CLASS}-output" in node["classes"] for node in doctree.findall(nodes.container))
+
+
+def _add_static(app: Sphinx) -> None:
+    if app.builder.format == "html":
+        # file by file: Jupyter Book loads every script of a static folder on every page
+        app.config.html_static_path.extend(str(bundled(f"site/{name}")) for name in _FILES)
+
+
+def _load_on_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    if _has_explorable(doctree):
+        app.add_css_file("explore.css")
+        app.add_js_file("explore.js", loading_method="defer")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """The Sphinx extension `llm_atlas.book.site`."""
+    app.add_post_transform(PlaceStill)
+    app.connect("builder-inited", _add_static)
+    app.connect("html-page-context", _load_on_page)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
