@@ -1,8 +1,8 @@
 """The book's machinery: concept list, self-grading exercises, claims, figures and explorables.
 
-A chapter needs four names: `check` grades an exercise, `claim` judges a figure that others quote, `explore` makes an
-interactive drawing, `style.use()` sets the look. All but `explore` are loaded on first use, so that reading the
-concept list does not import torch or matplotlib.
+A chapter needs four names: `check` grades an exercise, `claim` judges a figure that others quote, `explore`
+makes an interactive drawing, `style.use()` sets the look. All but `explore` are loaded on first use, so that
+reading the concept list does not import torch or matplotlib.
 """
 
 import importlib

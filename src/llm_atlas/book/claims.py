@@ -1,8 +1,8 @@
 """Figures that others quote, measured: `claim("ffn-4x", 2.67)` says held, partly or not here.
 
-Every figure of the concept tables (0.1%, 10,000x, 2-4x, 93% ...) has a row in assets/claims.yml: the claim in our own
-words, where it comes from, what that source really says, and the thresholds fixed before the measurement. Not
-reproducing a claim is a result, so each verdict has its reason written beside it.
+Every figure of the concept tables (0.1%, 10,000x, 2-4x, 93% ...) has a row in assets/claims.yml: the claim in
+our own words, where it comes from, what that source really says, and the thresholds fixed before the
+measurement. Not reproducing a claim is a result, so each verdict has its reason written beside it.
 """
 
 import difflib
@@ -27,9 +27,9 @@ _BETWEEN = ("about", "ratio", "range")
 class Claim:
     """One row. `held` and `partly` are thresholds in the sense of `kind`:
 
-    at_least, at_most: one number; about, ratio, range: the lowest and highest value; boolean: held is true or false;
-    category: lists of words. `digits` significant digits are printed, so that the verdict reads the same on every
-    machine. `cell` is `chapter#target` of the measurement, `measured_on` what was measured.
+    at_least, at_most: one number; about, ratio, range: the lowest and highest value; boolean: held is true or
+    false; category: lists of words. `digits` significant digits are printed, so that the verdict reads the
+    same on every machine. `cell` is `chapter#target` of the measurement, `measured_on` what was measured.
     """
 
     id: str
@@ -119,7 +119,9 @@ def _check_row(row: Claim, where: str) -> None:
             raise ValueError(f"{where}: {name} of {row.id!r} must be text")
     if row.kind == "boolean":
         if not isinstance(row.held, bool) or row.partly is not None:
-            raise ValueError(f"{where}: held of {row.id!r} must be true or false, without partly, for kind boolean")
+            raise ValueError(
+                f"{where}: held of {row.id!r} must be true or false, without partly, for kind boolean"
+            )
     elif row.kind == "category":
         words = [*(row.held or []), *(row.partly or [])] if isinstance(row.held, list) else [None]
         if not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
@@ -163,7 +165,8 @@ def _load(path: Path) -> dict[str, Claim]:
             raise ValueError(f"{where}: claim {row.id!r} belongs to {row.concept!r}, which is no concept")
         if row.chapter != concepts[row.concept].chapter:
             raise ValueError(
-                f"{where}: claim {row.id!r} is in {row.chapter!r}, its concept in {concepts[row.concept].chapter!r}"
+                f"{where}: claim {row.id!r} is in {row.chapter!r}, "
+                f"its concept in {concepts[row.concept].chapter!r}"
             )
         claims[row.id] = row
     return claims
@@ -216,8 +219,9 @@ def _typed(row: Claim, value: Any) -> float | bool | str:
 def claim(claim_id: str, value: Any, *, on: str = "") -> ClaimVerdict:
     """Judge a measured `value` against the claim's thresholds.
 
-    `on` says what was measured, where the row's own `measured_on` does not fit. Numbers may be Python, NumPy or torch
-    scalars. ValueError for an unknown claim or a number that is not finite, TypeError for a value of the wrong kind.
+    `on` says what was measured, where the row's own `measured_on` does not fit. Numbers may be Python, NumPy
+    or torch scalars. ValueError for an unknown claim or a number that is not finite, TypeError for a value of
+    the wrong kind.
     """
     claims = load_claims()
     if claim_id not in claims:

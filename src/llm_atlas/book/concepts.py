@@ -1,8 +1,8 @@
 """The concept list: `assets/concepts.yml` read, checked and typed.
 
 Chapters come in reading order, and so do the concepts of a chapter. `needs` are concepts introduced earlier,
-`previews` are concepts used as a black box now and opened later; both are checked on loading, so that the map of the
-book cannot hold an arrow that points the wrong way.
+`previews` are concepts used as a black box now and opened later; both are checked on loading, so that the map
+of the book cannot hold an arrow that points the wrong way.
 """
 
 import re
@@ -27,9 +27,9 @@ _ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 class Concept:
     """One concept of the book.
 
-    `number` and `chapter` are the chapter's number and file name without suffix; `symbol` is the dotted name of the
-    implementation, `test` the test that holds it (`path` or `path::name`), `sources` keys of references.bib; `missing`
-    says what a partial concept lacks and which chapter brings it.
+    `number` and `chapter` are the chapter's number and file name without suffix; `symbol` is the dotted name
+    of the implementation, `test` the test that holds it (`path` or `path::name`), `sources` keys of
+    references.bib; `missing` says what a partial concept lacks and which chapter brings it.
     """
 
     id: str
@@ -94,7 +94,8 @@ def read_yaml(path: Path) -> list[dict[str, Any]]:
 
 
 def build(cls: type, row: dict[str, Any], where: str, **given: Any) -> Any:
-    """`cls` from the row of a file, every field typed as its dataclass says; ValueError that begins with `where`."""
+    """`cls` from the row of a file, every field typed as its dataclass says; ValueError that begins with
+    `where`."""
     fields = cls.__dataclass_fields__
     values = dict(given)
     for key, value in row.items():
@@ -122,7 +123,9 @@ def _check_concept(concept: Concept, where: str) -> None:
     if concept.state not in STATES:
         raise ValueError(f"{where}: state {concept.state!r} of {concept.id!r} is none of {', '.join(STATES)}")
     if (concept.state == "partial") != bool(concept.missing):
-        raise ValueError(f"{where}: {concept.id!r} is {concept.state}; `missing` belongs to partial, and only to it")
+        raise ValueError(
+            f"{where}: {concept.id!r} is {concept.state}; `missing` belongs to partial, and only to it"
+        )
     for name in ("name", "example", "symbol", "test", "sources", "facts"):
         if not getattr(concept, name):
             raise ValueError(f"{where}: {name} of {concept.id!r} is empty")
@@ -134,7 +137,9 @@ def _check_edges(concepts: dict[str, Concept], where: dict[str, str]) -> None:
         for edge, targets in (("needs", concept.needs), ("previews", concept.previews)):
             for target in targets:
                 if target not in concepts:
-                    raise ValueError(f"{where[concept.id]}: {concept.id!r} {edge} {target!r}, which is no concept")
+                    raise ValueError(
+                        f"{where[concept.id]}: {concept.id!r} {edge} {target!r}, which is no concept"
+                    )
             if len(set(targets)) < len(targets):
                 raise ValueError(f"{where[concept.id]}: {concept.id!r} {edge} a concept twice")
     try:
@@ -146,12 +151,14 @@ def _check_edges(concepts: dict[str, Concept], where: dict[str, str]) -> None:
         for target in concept.needs:
             if order[target] > order[concept.id]:
                 raise ValueError(
-                    f"{where[concept.id]}: {concept.id!r} needs {target!r}, which comes later; make it a preview"
+                    f"{where[concept.id]}: {concept.id!r} needs {target!r}, which comes later; "
+                    "make it a preview"
                 )
         for target in concept.previews:
             if order[target] <= order[concept.id]:
                 raise ValueError(
-                    f"{where[concept.id]}: {concept.id!r} previews {target!r}, which is not later; make it a need"
+                    f"{where[concept.id]}: {concept.id!r} previews {target!r}, which is not later; "
+                    "make it a need"
                 )
 
 
@@ -186,8 +193,8 @@ def _load(path: Path) -> tuple[dict[str, Concept], tuple[Chapter, ...]]:
 def load_concepts(path: Path | None = None) -> dict[str, Concept]:
     """All concepts by id, in reading order; of the book's own list unless `path` is given.
 
-    ValueError that names file and line where the list breaks a rule: an unknown or repeated id, a need that is unknown,
-    cyclic or not introduced earlier, an unknown state, an empty field.
+    ValueError that names file and line where the list breaks a rule: an unknown or repeated id, a need that
+    is unknown, cyclic or not introduced earlier, an unknown state, an empty field.
     """
     return dict(_load(path or bundled("concepts.yml"))[0])
 

@@ -2,13 +2,16 @@
 
     explore(
         lambda temperature: Bars(tokens, softmax(logits / temperature), y_label="probability"),
-        title="Temperature", caption="A low temperature sharpens.", alt="Bar chart of next-token probabilities.",
+        title="Temperature",
+        caption="A low temperature sharpens the distribution.",
+        alt="Bar chart of next-token probabilities.",
         temperature=(0.2, 2.0, 0.2),
     )
 
-Every combination of the ranges is computed when the cell runs. The output holds the numbers as JSON (drawn on the site
-by assets/site/explore.js), a still of the default choice as png (for GitHub and print), and in a live notebook
-ipywidgets over the same numbers. There is no encoded image in the JSON and no kernel behind the page.
+Every combination of the ranges is computed when the cell runs. The output holds the numbers as JSON (drawn on
+the site by assets/site/explore.js), a still of the default choice as png (for GitHub and print), and in a
+live notebook ipywidgets over the same numbers. There is no encoded image in the JSON and no kernel behind the
+page.
 """
 
 import inspect
@@ -58,7 +61,7 @@ def _limits(limits: Any, name: str) -> tuple[float, float] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What a frame shows. `note` is one line of text under it, said aloud by screen readers when it changes."""
+    """What a frame shows. `note` is one line of text under it, read aloud when it changes."""
 
     note: str = ""
 
@@ -67,7 +70,8 @@ class Drawing:
 class Lines(Drawing):
     """Curves over a common x: `lines` maps a label to its y values. NaN leaves a gap.
 
-    `y_range` fixes the y axis; without it the axis spans all frames, so that it stands still while a slider moves.
+    `y_range` fixes the y axis; without it the axis spans all frames, so that it stands still while a slider
+    moves.
     """
 
     x: Any
@@ -148,7 +152,9 @@ class Heatmap(Drawing):
         for name, given, size in [("x", self.x_ticks, values.shape[1]), ("y", self.y_ticks, values.shape[0])]:
             ticks[name] = [str(t) for t in given] if given is not None else [str(i) for i in range(size)]
             if len(ticks[name]) != size:
-                raise ValueError(f"{len(ticks[name])} {name}_ticks for {size} {'columns' if name == 'x' else 'rows'}")
+                raise ValueError(
+                    f"{len(ticks[name])} {name}_ticks for {size} {'columns' if name == 'x' else 'rows'}"
+                )
         return {
             "values": values,
             "xTicks": ticks["x"],
@@ -197,7 +203,9 @@ def _control(name: str, given: Any) -> dict[str, Any]:
     elif isinstance(given, range | list):
         values = list(given)
     else:
-        raise TypeError(f"range {name} must be (start, stop, step), a range or a list, not {type(given).__name__}")
+        raise TypeError(
+            f"range {name} must be (start, stop, step), a range or a list, not {type(given).__name__}"
+        )
     if not values:
         raise ValueError(f"range {name} is empty")
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -233,7 +241,11 @@ def _rounder(digits: int) -> Callable[[Any], Any]:
 
 def _common_range(kind: str, frames: list[dict[str, Any]]) -> list[float]:
     """One axis for all frames, so that what moves is the data."""
-    arrays = [line["y"] for f in frames for line in f["lines"]] if kind == "lines" else [f["values"] for f in frames]
+    arrays = (
+        [line["y"] for f in frames for line in f["lines"]]
+        if kind == "lines"
+        else [f["values"] for f in frames]
+    )
     finite = np.concatenate([a[np.isfinite(a)].ravel() for a in arrays])
     if finite.size == 0:
         return [0.0, 1.0]
@@ -256,8 +268,8 @@ def _common_range(kind: str, frames: list[dict[str, Any]]) -> list[float]:
 class Explorable:
     """What `explore` returns: shown by Jupyter as widgets, by the site as a drawing, by GitHub as a still.
 
-    `spec` holds titles, controls and the shape of the drawing, `data` the numbers: the frames in row-major order of
-    the controls, and what they have in common.
+    `spec` holds titles, controls and the shape of the drawing, `data` the numbers: the frames in row-major
+    order of the controls, and what they have in common.
     """
 
     spec: dict[str, Any]
@@ -269,8 +281,10 @@ class Explorable:
         lines = [f"Explorable: {self.spec['title']}", self.spec["caption"]]
         for control in self.spec["controls"]:
             values = control["values"]
-            span = f"{values[0]} to {values[-1]}, {len(values)} values" if control["kind"] == "slider" else ", ".join(
-                map(str, values)
+            span = (
+                f"{values[0]} to {values[-1]}, {len(values)} values"
+                if control["kind"] == "slider"
+                else ", ".join(map(str, values))
             )
             lines.append(f"  {control['label']}: {span}")
         return "\n".join(lines)
@@ -296,12 +310,22 @@ class Explorable:
         style.use()
         drawn = self.frame(**choice)
         tall = len(drawn["yTicks"]) / max(len(drawn["xTicks"]), 1) if self.spec["kind"] == "heatmap" else 0.0
-        height = {"tokens": 1.6, "heatmap": min(max(5.2 * tall, 2.4), 7.0)}.get(self.spec["kind"], 3.6)
+        rows = (
+            math.ceil(sum(len(token) + 3 for token in drawn["tokens"]) / 56)
+            if self.spec["kind"] == "tokens"
+            else 0
+        )
+        height = {
+            "tokens": 0.9 + 0.34 * rows,
+            "bars": 3.6 if len(drawn.get("labels", ())) < 14 else 5.2,
+            "heatmap": min(max(5.2 * tall, 2.4), 7.0),
+        }.get(self.spec["kind"], 3.6)
         fig, ax = plt.subplots(figsize=(6.4, height))
         try:
             _DRAW[self.spec["kind"]](ax, drawn)
             settings = ", ".join(
-                f"{c['label']} = {choice.get(c['name'], c['values'][c['default']])}" for c in self.spec["controls"]
+                f"{c['label']} = {choice.get(c['name'], c['values'][c['default']])}"
+                for c in self.spec["controls"]
             )
             ax.set_title(f"{self.spec['title']}\n{settings}", fontsize=11)
             if drawn["note"]:
@@ -337,7 +361,9 @@ class Explorable:
             control.observe(redraw, names="value")
         return widgets.VBox([*controls.values(), picture, widgets.Label(self.spec["caption"])])
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         bundle: dict[str, Any] = {"text/plain": repr(self), "image/png": self.png()}
         metadata: dict[str, Any] = {}
         if self.exact:
@@ -356,9 +382,9 @@ class Explorable:
 def _reader_is_there() -> bool:
     """True in a notebook that somebody runs by hand and that has ipywidgets.
 
-    Front ends with a person before them tell the kernel that they can ask for input; nbclient and nbval, which
-    execute the committed notebooks, say they cannot. A committed notebook so holds no widget view, whose model would
-    not exist for its readers.
+    Front ends with a person before them tell the kernel that they can ask for input; nbclient and nbval,
+    which execute the committed notebooks, say they cannot. A committed notebook so holds no widget view,
+    whose model would not exist for its readers.
     """
     try:
         import ipywidgets  # noqa: F401
@@ -386,14 +412,14 @@ def explore(
 ) -> Explorable:
     """Draw `fn(**choice)` for every choice of the parameters in `ranges`, with a control for each.
 
-    A range is (start, stop, step) with the stop included, a `range`, or a list: numbers get a slider, texts and
-    booleans a dropdown. `fn` returns one of `Lines`, `Bars`, `Heatmap`, `Tokens`, the same kind each time. `default`
-    gives the values shown first (else the first of each list, the middle of each slider), `labels` the texts beside
-    the controls. `alt` tells a reader who cannot see the drawing what it shows.
+    A range is (start, stop, step) with the stop included, a `range`, or a list: numbers get a slider, texts
+    and booleans a dropdown. `fn` returns one of `Lines`, `Bars`, `Heatmap`, `Tokens`, the same kind each
+    time. `default` gives the values shown first (else the first of each list, the middle of each slider),
+    `labels` the texts beside the controls. `alt` tells a reader who cannot see the drawing what it shows.
 
-    Numbers are rounded to `digits` significant digits. Set `exact=False` where they come out of float32 arithmetic
-    and so may move in the last digit from CPU to CPU: titles, controls and labels are still compared when the notebook
-    is tested, the numbers are not.
+    Numbers are rounded to `digits` significant digits. Set `exact=False` where they come out of float32
+    arithmetic and so may move in the last digit from CPU to CPU: titles, controls and labels are still
+    compared when the notebook is tested, the numbers are not.
 
     Cost: one call of `fn` a combination. ValueError above 400 combinations or 300 kB, naming the sizes.
     """
@@ -409,7 +435,9 @@ def explore(
     sizes = [len(control["values"]) for control in controls]
     if math.prod(sizes) > MAX_FRAMES:
         counted = " x ".join(f"{len(c['values'])} {c['name']}" for c in controls)
-        raise ValueError(f"{counted} are {math.prod(sizes)} frames, at most {MAX_FRAMES} fit a page; use coarser steps")
+        raise ValueError(
+            f"{counted} are {math.prod(sizes)} frames, at most {MAX_FRAMES} fit a page; use coarser steps"
+        )
     for given, what in [(default or {}, "default"), (labels or {}, "labels")]:
         if unknown := set(given) - set(ranges):
             raise ValueError(f"{what} names {min(unknown)!r}, which is no range")
@@ -453,14 +481,17 @@ def explore(
 
 
 def _check_parameters(fn: Callable[..., Drawing], ranges: Mapping[str, Any]) -> None:
-    """The ranges must be what `fn` takes: a misspelt one would otherwise show up as a strange TypeError inside."""
+    """The ranges must be what `fn` takes: a misspelt one would otherwise show up as a strange TypeError
+    inside."""
     parameters = inspect.signature(fn).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
     if unknown := set(ranges) - accepted:
-        raise TypeError(f"fn has no parameter {min(unknown)!r}; it takes {', '.join(sorted(accepted)) or 'none'}")
+        raise TypeError(
+            f"fn has no parameter {min(unknown)!r}; it takes {', '.join(sorted(accepted)) or 'none'}"
+        )
     if missing := required - set(ranges):
         raise TypeError(f"no range is given for parameter {min(missing)!r} of fn")
 
@@ -509,11 +540,18 @@ def _draw_lines(ax: Any, frame: dict[str, Any]) -> None:
 def _draw_bars(ax: Any, frame: dict[str, Any]) -> None:
     from llm_atlas.book import style
 
-    places = range(len(frame["labels"]))
-    ax.bar(places, _nan(frame["values"]), color=style.BLUE, width=0.72)
+    places, values = range(len(frame["labels"])), _nan(frame["values"])
+    colors = [style.PALETTE[1] if v < 0 else style.BLUE for v in values]
+    if max(map(len, frame["labels"])) * len(frame["labels"]) > 60:
+        ax.barh(places, values, color=colors, height=0.72)
+        ax.set(xlabel=frame["yLabel"], ylabel=frame["xLabel"], xlim=frame["range"])
+        ax.set_yticks(places, frame["labels"])
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        return
+    ax.bar(places, values, color=colors, width=0.72)
     ax.set(xlabel=frame["xLabel"], ylabel=frame["yLabel"], ylim=frame["range"])
-    long = max(map(len, frame["labels"])) * len(frame["labels"]) > 60
-    ax.set_xticks(places, frame["labels"], rotation=60 if long else 0, ha="right" if long else "center")
+    ax.set_xticks(places, frame["labels"])
     ax.grid(axis="x", visible=False)
 
 
@@ -523,12 +561,16 @@ def _draw_heatmap(ax: Any, frame: dict[str, Any]) -> None:
     low, high = frame["range"]
     name = style.DIVERGING if low < 0 < high else style.SEQUENTIAL
     image = ax.imshow(
-        np.array([_nan(row) for row in frame["values"]]), cmap=style.colormap(name), vmin=low, vmax=high, aspect="auto"
+        np.array([_nan(row) for row in frame["values"]]),
+        cmap=style.colormap(name),
+        vmin=low,
+        vmax=high,
+        aspect="auto",
     )
     ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02)
     ax.set(xlabel=frame["xLabel"], ylabel=frame["yLabel"])
     for axis, ticks in [("x", frame["xTicks"]), ("y", frame["yTicks"])]:
-        step = math.ceil(len(ticks) / 24)
+        step = math.ceil(len(ticks) / (24 if axis == "x" else 4.5 * ax.figure.get_figheight()))
         long = axis == "x" and sum(map(len, ticks[::step])) > 40
         getattr(ax, f"set_{axis}ticks")(
             range(0, len(ticks), step), ticks[::step], **({"rotation": 60, "ha": "right"} if long else {})
@@ -542,7 +584,6 @@ def _draw_tokens(ax: Any, frame: dict[str, Any]) -> None:
     low, high = frame["range"]
     cmap = style.colormap(style.DIVERGING if low < 0 < high else style.SEQUENTIAL)
     ax.axis("off")
-    ax.set(xlim=(0, 64), ylim=(-4, 1))
     at, row = 0.0, 0
     for index, (token, weight) in enumerate(zip(frame["tokens"], frame["values"], strict=True)):
         width = max(len(token), 1) * 1.02 + 1.0
@@ -567,6 +608,7 @@ def _draw_tokens(ax: Any, frame: dict[str, Any]) -> None:
             },
         )
         at += width + 0.6
+    ax.set(xlim=(0, 64), ylim=(row - 0.6, 0.6))
 
 
 _KINDS: dict[type, str] = {Lines: "lines", Bars: "bars", Heatmap: "heatmap", Tokens: "tokens"}

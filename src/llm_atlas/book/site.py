@@ -1,8 +1,9 @@
-"""The site's side of `explore`: a MyST-NB renderer for its mime type and a Sphinx extension for script and style.
+"""The site's side of `explore`: a MyST-NB renderer for its mime type and a Sphinx extension for script and
+style.
 
-The renderer is declared in pyproject under `myst_nb.mime_renderers`, the extension is listed in `_config.yml`. The
-drawing itself is made in the browser by assets/site/explore.js from the JSON in the page; without JavaScript, and on
-builders other than html, the png of the same output stands in.
+The renderer is declared in pyproject under `myst_nb.mime_renderers`, the extension is listed in
+`_config.yml`. The drawing itself is made in the browser by assets/site/explore.js from the JSON in the page;
+without JavaScript, and on builders other than html, the png of the same output stands in.
 """
 
 import html
@@ -42,7 +43,7 @@ class ExploreRenderer(MimeRenderPlugin):
     mime_priority_overrides: ClassVar = [("html", MIME, 0)]
 
     @staticmethod
-    def handle_mime(renderer: NbElementRenderer, data: MimeData, inline: bool) -> None | list[nodes.Element]:
+    def handle_mime(renderer: NbElementRenderer, data: MimeData, inline: bool) -> list[nodes.Element] | None:
         if inline or data.mime_type != MIME:
             return None
         spec = {**dict(data.content), **data.output_metadata.get(MIME, {})}
@@ -55,7 +56,8 @@ class ExploreRenderer(MimeRenderPlugin):
 
 
 class PlaceStill(SphinxPostTransform):
-    """Put the png of an explorable's output inside its figure, before MyST-NB drops all but the chosen type."""
+    """Put the png of an explorable's output inside its figure, before MyST-NB drops all but the chosen
+    type."""
 
     # SelectMimeType of MyST-NB runs at 4
     default_priority = 3
@@ -77,7 +79,9 @@ def _is_bundle(node: nodes.Node) -> bool:
 
 
 def _has_explorable(doctree: nodes.document | None) -> bool:
-    return doctree is not None and any(f"{_CLASS}-output" in node["classes"] for node in doctree.findall(nodes.container))
+    return doctree is not None and any(
+        f"{_CLASS}-output" in node["classes"] for node in doctree.findall(nodes.container)
+    )
 
 
 def _add_static(app: Sphinx) -> None:
@@ -86,7 +90,9 @@ def _add_static(app: Sphinx) -> None:
         app.config.html_static_path.extend(str(bundled(f"site/{name}")) for name in _FILES)
 
 
-def _load_on_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+def _load_on_page(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
     if _has_explorable(doctree):
         app.add_css_file("explore.css")
         app.add_js_file("explore.js", loading_method="defer")

@@ -1,7 +1,9 @@
-"""One look for every figure: `use()` once a notebook, `figure()` for the axes, `label_line()` in place of legends.
+"""One look for every figure: `use()` once a notebook, `figure()` for the axes, `label_line()` in place of
+legends.
 
-The palette is Okabe and Ito's, which stays apart under the common kinds of colour blindness (Okabe & Ito 2008,
-"Color Universal Design"). Sizes are chosen so that text is readable when a phone shows the figure 360 px wide.
+The palette is Okabe and Ito's, which stays apart under the common kinds of colour blindness (Okabe & Ito
+2008, "Color Universal Design"). Sizes are chosen so that text is readable when a phone shows the figure 360
+px wide.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "DIVERGING", "INK", "MUTED", "PALETTE", "SEQUENTIAL", "colormap", "figure", "label_line", "use"]
+__all__ = [
+    "BLUE",
+    "DIVERGING",
+    "INK",
+    "MUTED",
+    "PALETTE",
+    "SEQUENTIAL",
+    "colormap",
+    "figure",
+    "label_line",
+    "use",
+]
 
 INK, MUTED = "#222222", "#6b6b6b"
 BLUE = "#0072B2"
@@ -70,17 +83,23 @@ def use() -> None:
 
 
 def figure(width: float = 6.4, height: float = 3.6, **grid: Any) -> "tuple[Figure, Any]":
-    """A figure of `width` by `height` inches and its axes; `grid` goes to `plt.subplots` (nrows, ncols, sharey...)."""
+    """A figure of `width` by `height` inches and its axes; `grid` goes to `plt.subplots` (nrows, ncols,
+    sharey...)."""
     import matplotlib.pyplot as plt
 
     if not (0 < width <= 12 and 0 < height <= 16):
-        raise ValueError(f"figure of {width} by {height} inches: width up to 12 and height up to 16 fit a page")
+        raise ValueError(
+            f"figure of {width} by {height} inches: width up to 12 and height up to 16 fit a page"
+        )
     use()
     return plt.subplots(figsize=(width, height), **grid)
 
 
-def label_line(ax: "Axes", x: float, y: float, text: str, *, color: str = INK, dx: float = 6, dy: float = 0) -> None:
-    """Write `text` beside the point (x, y) in data units, moved by (dx, dy) points: a direct label, not a legend."""
+def label_line(
+    ax: "Axes", x: float, y: float, text: str, *, color: str = INK, dx: float = 6, dy: float = 0
+) -> None:
+    """Write `text` beside the point (x, y) in data units, moved by (dx, dy) points: a direct label, not a
+    legend."""
     ax.annotate(
         text,
         (x, y),

@@ -1,9 +1,10 @@
 """Exercises that grade themselves.
 
 `check("self-attention", attend)` calls the reader's function on fresh random inputs, smallest first, and says
-`unattempted`, `right`, or `wrong` with the smallest counterexample found. The exercises of one chapter live in one
-module beside this file, named like the chapter (`01-core-transformer` is graded by `core_transformer`), and every
-reference in them is written out again in plain torch, so that a fault of the package cannot hide in its own grader.
+`unattempted`, `right`, or `wrong` with the smallest counterexample found. The exercises of one chapter live
+in one module beside this file, named like the chapter (`01-core-transformer` is graded by
+`core_transformer`), and every reference in them is written out again in plain torch, so that a fault of the
+package cannot hide in its own grader.
 """
 
 import difflib
@@ -30,7 +31,8 @@ _SHOWN_ELEMENTS = 24
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """What `check` found: `state` is unattempted, wrong or right, `message` says why. True only when right."""
+    """What `check` found: `state` is unattempted, wrong or right, `message` says why. True only when
+    right."""
 
     concept: str
     state: State
@@ -54,8 +56,9 @@ class _Unattempted(Exception):
 class Trial:
     """One run of an exercise: the reader's answer, a source of fresh inputs, and the comparison.
 
-    A grader draws inputs (`normal`, `integer`), calls the answer through `ask`, and hands result and reference to
-    `compare`. It goes from small inputs to large ones: the first difference ends the run and is the counterexample.
+    A grader draws inputs (`normal`, `integer`), calls the answer through `ask`, and hands result and
+    reference to `compare`. It goes from small inputs to large ones: the first difference ends the run and is
+    the counterexample.
     """
 
     def __init__(self, answer: Callable[..., Any], seed: int) -> None:
@@ -72,7 +75,8 @@ class Trial:
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def ask(self, **inputs: Any) -> Any:
-        """Call the answer with copies of `inputs`, by position. A crash or a changed input makes the answer wrong."""
+        """Call the answer with copies of `inputs`, by position. A crash or a changed input makes the answer
+        wrong."""
         copies = [value.clone() if isinstance(value, Tensor) else value for value in inputs.values()]
         first, self._calls = self._calls == 0, self._calls + 1
         try:
@@ -82,8 +86,12 @@ class Trial:
         except Exception as error:  # the reader's code may raise anything
             reason = str(error).strip().split("\n")[0]
             raise _Wrong(
-                _report(f"it stopped with {type(error).__name__}: {reason}" if reason else
-                        f"it stopped with {type(error).__name__}", inputs)
+                _report(
+                    f"it stopped with {type(error).__name__}: {reason}"
+                    if reason
+                    else f"it stopped with {type(error).__name__}",
+                    inputs,
+                )
             ) from None
         if got is None or got is ...:
             if first:
@@ -106,8 +114,8 @@ class Trial:
     ) -> None:
         """End the run if `got` is not `wanted`.
 
-        `hints` are well-known slips as pairs (what went wrong, a function that computes the slip's result): the
-        first one whose result equals `got` names the mistake.
+        `hints` are well-known slips as pairs (what went wrong, a function that computes the slip's result):
+        the first one whose result equals `got` names the mistake.
         """
         if isinstance(wanted, Tensor):
             fault = _tensor_fault(got, wanted, rtol, atol)
@@ -196,7 +204,6 @@ def _show(value: Any) -> str:
 
 def _report(fault: str, inputs: dict[str, Any], **results: Any) -> str:
     lines = [fault]
-    # a result of the wrong kind is told in the first line; both are shown only when they can be compared by eye
     width = max((len(name) for name in (*inputs, *results)), default=0)
     for name, value in (*inputs.items(), *results.items()):
         lines.append(f"  {name:<{width}}  {_show(value)}")
@@ -213,12 +220,14 @@ class _Exercise:
 _EXERCISES: dict[str, _Exercise] = {}
 
 
-def checker(concept: str, *, asks: str, praise: str) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
+def checker(
+    concept: str, *, asks: str, praise: str
+) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register the grader of a concept's exercise.
 
-    `asks` is the instruction that a blank answer gets, `praise` what a right one gets: one line each, the same on
-    every run. The grader takes a `Trial`, and returns if the answer is right. Registering one concept from two
-    graders is an error.
+    `asks` is the instruction that a blank answer gets, `praise` what a right one gets: one line each, the
+    same on every run. The grader takes a `Trial`, and returns if the answer is right. Registering one concept
+    from two graders is an error.
     """
 
     def register(grade: Callable[[Trial], None]) -> Callable[[Trial], None]:
@@ -234,9 +243,9 @@ def checker(concept: str, *, asks: str, praise: str) -> Callable[[Callable[[Tria
 def check(concept_id: str, answer: Any = ..., *, seed: int | None = None) -> Verdict:
     """Grade `answer`, the reader's function for the exercise of `concept_id`.
 
-    A blank (`...`, None, a function that returns one of them or raises NotImplementedError) is unattempted and gets
-    the instruction. Inputs are drawn anew on every call unless `seed` is given, so an answer that remembers results
-    fails. ValueError for an unknown concept or one without an exercise.
+    A blank (`...`, None, a function that returns one of them or raises NotImplementedError) is unattempted
+    and gets the instruction. Inputs are drawn anew on every call unless `seed` is given, so an answer that
+    remembers results fails. ValueError for an unknown concept or one without an exercise.
     """
     exercise = _find(concept_id)
     unattempted = Verdict(concept_id, "unattempted", exercise.asks)
@@ -271,5 +280,7 @@ def _find(concept_id: str) -> _Exercise:
     if concept_id not in _EXERCISES and importlib.util.find_spec(module) is not None:
         importlib.import_module(module)
     if concept_id not in _EXERCISES:
-        raise ValueError(f"concept {concept_id!r} has no exercise yet: chapter {concept.number} is {concept.state}")
+        raise ValueError(
+            f"concept {concept_id!r} has no exercise yet: it is {concept.state}, in chapter {concept.number}"
+        )
     return _EXERCISES[concept_id]
