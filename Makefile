@@ -25,7 +25,7 @@ LIMIT := $(PY) tools/limit.py
 # Not the user's own packages, profiles or kernels.
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
-export IPYTHONDIR := $(CURDIR)/_build/ipython
+export IPYTHONDIR := $(CURDIR)/.venv/ipython
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 

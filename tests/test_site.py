@@ -70,13 +70,15 @@ def test_launch_buttons_only_with_an_address(site: Path):
 
 
 def test_an_address_draws_buttons_and_none_draws_none():
-    config = {"html": {"home_page_in_navbar": True}, "repository": {"url": ""}}
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
     assert build_site.configuration(config, "") == config
-    with_address = build_site.configuration(config, "https://github.com/owner/name")
-    assert with_address["repository"]["url"] == "https://github.com/owner/name"
-    assert with_address["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
-    assert with_address["html"]["use_repository_button"]
-    assert with_address["html"]["home_page_in_navbar"]
+    options = config["sphinx"]["config"]["html_theme_options"]
+    assert not {"repository_url", "launch_buttons"} & set(options)
+    changed = build_site.configuration(config, "https://github.com/owner/name")
+    with_address = changed["sphinx"]["config"]["html_theme_options"]
+    assert with_address["repository_url"] == "https://github.com/owner/name"
+    assert with_address["launch_buttons"] == {"colab_url": "https://colab.research.google.com"}
+    assert options.items() <= with_address.items()
 
 
 def test_an_unknown_host_is_refused(tmp_path: Path):
@@ -106,7 +108,7 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "chapters" / "index.md").write_text("# fine")
     (tmp_path / "pyproject.toml").write_text('[tool.llm-atlas]\nrepository = ""\n')
     for name in ("_config.yml", "_toc.yml", "requirements.txt"):
-        (tmp_path / name).write_text("title: x\n")
+        (tmp_path / name).write_text("sphinx: {config: {html_theme_options: {}}}\n")
 
     def run(command: list[str], seconds: float, *, cwd: str) -> int:
         with (tmp_path / "builds.txt").open("a") as log:

@@ -9,6 +9,7 @@ built incrementally: whatever else changes (package, assets, configuration) can 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import shutil
@@ -49,15 +50,19 @@ def repository(root: Path) -> str:
 
 
 def configuration(config: dict, address: str) -> dict:
-    """`config` with the repository's links and launch buttons, which need an address."""
-    if not address:
-        return config
-    return config | {
-        "repository": {"url": address, "branch": "main", "path_to_book": ""},
-        "launch_buttons": {"colab_url": "https://colab.research.google.com"},
-        "html": config.get("html", {})
-        | {"use_repository_button": True, "use_issues_button": True, "use_edit_page_button": True},
-    }
+    """A copy of `config` with the repository's links and launch buttons, which need an address."""
+    config = copy.deepcopy(config)
+    if address:
+        config["sphinx"]["config"]["html_theme_options"] |= {
+            "repository_url": address,
+            "repository_branch": "main",
+            "path_to_docs": "",
+            "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+            "use_repository_button": True,
+            "use_issues_button": True,
+            "use_edit_page_button": True,
+        }
+    return config
 
 
 def is_incremental(old: dict[str, str], new: dict[str, str]) -> bool:
