@@ -31,8 +31,8 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} must not be negative")
+    if not 0 <= temperature < float("inf"):  # NaN fails this too
+        raise ValueError(f"temperature {temperature} must be finite and not negative")
     device = model.embed.weight.device
     ids, positions = left_pad(prompts, device=device)
     past = 0 if cache is None else cache.length

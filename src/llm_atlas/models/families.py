@@ -25,6 +25,12 @@ _LLAMA_LAYER = {
     "mlp.up_proj.weight": "feedforward.sublayer.up.weight",
     "mlp.down_proj.weight": "feedforward.sublayer.down.weight",
 }
+# Linear layers have a bias in some models of the family.
+_LLAMA_LAYER |= {
+    theirs.replace(".weight", ".bias"): ours.replace(".weight", ".bias")
+    for theirs, ours in _LLAMA_LAYER.items()
+    if "_proj." in theirs
+}
 _QWEN3_LAYER = _LLAMA_LAYER | {
     "self_attn.q_norm.weight": "mixer.sublayer.q_norm.weight",
     "self_attn.k_norm.weight": "mixer.sublayer.k_norm.weight",

@@ -5,7 +5,7 @@ Anything with the signature of `scaled_dot_product_attention` can stand in for i
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from llm_atlas.nn.norm import RMSNorm
 from llm_atlas.nn.positions import PositionScheme
 
 
+@runtime_checkable
 class AttendFunction(Protocol):
     """The signature that every attention function of the package shares."""
 
@@ -113,7 +114,7 @@ def fused_attention(
         mask = bias.to(q.dtype)
     elif is_causal and mask is not None:
         mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
-    shared = q.dim() > 2 and k.dim() > 2 and k.shape[-3] != q.shape[-3] and (k.shape[-3] != 1 or q.dim() == 4)
+    shared = q.dim() > 2 and k.dim() > 2 and q.shape[-3] > k.shape[-3] and (k.shape[-3] > 1 or q.dim() == 4)
     if shared and q.shape[-2] == 1 and (mask is None or mask.dim() == 4 and mask.shape[-3] == 1):
         # One new token: the heads of a group become the queries of one head, and no key is repeated.
         grouped = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
@@ -207,8 +208,9 @@ class MultiHeadAttention(nn.Module):
         if positions is None:
             past = cache.length if cache is not None and context is None else 0
             positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        q = self.positions.rotate(self.q_norm(split_heads(self.q(x), self.heads)), positions)
+        q = self.q_norm(split_heads(self.q(x), self.heads))
         if context is None:
+            q = self.positions.rotate(q, positions)
             k = self.positions.rotate(self.k_norm(split_heads(self.k(x), self.kv_heads)), positions)
             v = split_heads(self.v(x), self.kv_heads)
             if cache is not None:
@@ -240,7 +242,7 @@ def merge_heads(x: Float[Tensor, "batch heads seq head_dim"]) -> Float[Tensor, "
 
 def _share_heads(q: Tensor, k: Tensor) -> Tensor:
     """Repeat each key/value head for its group of query heads (a no-op when they are as many, or broadcast)."""
-    if q.dim() < 3 or k.dim() < 3 or k.shape[-3] in (1, q.shape[-3]):
+    if q.dim() < 3 or k.dim() < 3 or q.shape[-3] <= k.shape[-3] or k.shape[-3] == 1:
         return k
     return k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
 

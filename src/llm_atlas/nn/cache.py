@@ -66,21 +66,30 @@ class LayerCache:
         return 0 if self._buffers is None else sum(t.numel() * t.element_size() for t in self.read())
 
     def _reserve(self, k: Tensor, v: Tensor, end: int) -> None:
-        if self._buffers is None:
+        misfit = None if self._buffers is None else _misfit(self._buffers, (k, v))
+        if misfit and self.length:
+            raise ValueError(misfit)
+        if misfit or self._buffers is None:  # an empty cache takes whatever comes first
             room = max(end, self._owner.capacity)
             self._buffers = tuple(t.new_empty(*t.shape[:2], room, t.shape[-1]) for t in (k, v))
-            return
-        kept = self._buffers[0]
-        if kept.shape[0] != k.shape[0]:
-            raise ValueError(f"the cache holds {kept.shape[0]} rows, the new tokens have {k.shape[0]}")
-        if kept.dtype != k.dtype or kept.device != k.device:
-            raise ValueError(f"the cache is {kept.dtype} on {kept.device}, the new keys are {k.dtype} on {k.device}")
-        if end > kept.shape[2]:  # double, so that growing one token at a time copies O(length) in all
-            room = max(end, 2 * kept.shape[2])
+        elif end > self._buffers[0].shape[2]:  # double, so that growing one token at a time copies O(length) in all
+            room = max(end, 2 * self._buffers[0].shape[2])
             grown = tuple(t.new_empty(*t.shape[:2], room, t.shape[-1]) for t in self._buffers)
             for new, old in zip(grown, self._buffers, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
             self._buffers = grown
+
+
+def _misfit(kept: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> str | None:
+    """Why the new keys and values cannot stand behind the kept ones, or None."""
+    for name, old, t in zip(("keys", "values"), kept, new, strict=True):
+        if old.shape[0] != t.shape[0]:
+            return f"the cache holds {old.shape[0]} rows, the new {name} have {t.shape[0]}"
+        if (old.shape[1], old.shape[3]) != (t.shape[1], t.shape[3]):
+            return f"the cache holds {old.shape[1]} heads of {old.shape[3]}, the new {name} have {t.shape[1]} of {t.shape[3]}"
+        if old.dtype != t.dtype or old.device != t.device:
+            return f"the cache is {old.dtype} on {old.device}, the new {name} are {t.dtype} on {t.device}"
+    return None
 
 
 class KVCache:

@@ -1,0 +1,131 @@
+"""The Decoder: causality, positions, caches, padding, masks."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.nn.masks import causal_mask, left_pad
+
+CONFIG = DecoderConfig(vocab=13, dim=16, layers=2, heads=4, kv_heads=2, hidden=24, context=32)
+GPT = dataclasses.replace(
+    CONFIG, kv_heads=None, norm="layer", gated=False, activation="gelu_tanh", positions="learned",
+    attention_bias=True, out_bias=True, feedforward_bias=True,
+)  # fmt: skip
+CONFIGS = {
+    "llama": CONFIG,
+    "gpt": GPT,
+    "post-norm, sinusoidal": dataclasses.replace(GPT, positions="sinusoidal", placement="post"),
+    "sandwich, no positions, qk-norm": dataclasses.replace(
+        CONFIG, placement="sandwich", positions="none", qk_norm=True, tied=False, head_dim=6
+    ),
+}
+EACH = pytest.mark.parametrize("name", CONFIGS)
+
+
+def randomised(config: DecoderConfig) -> Decoder:
+    model, generator = Decoder(config), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    return model.eval().requires_grad_(False)
+
+
+MODELS = {name: randomised(config) for name, config in CONFIGS.items()}
+IDS = torch.randint(0, 13, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@settings(max_examples=25)
+@given(st.data(), st.sampled_from(list(CONFIGS)))
+def test_changed_future_tokens_leave_past_logits_to_the_last_bit(data, name):
+    length = data.draw(st.integers(2, 20))
+    ids = torch.tensor([data.draw(st.lists(st.integers(0, 12), min_size=length, max_size=length))])
+    first = data.draw(st.integers(1, length - 1))
+    changed = ids.clone()
+    changed[0, first:] = (changed[0, first:] + torch.randint(1, 13, (length - first,))) % 13
+    before, after = MODELS[name](ids), MODELS[name](changed)
+    assert torch.equal(after[:, :first], before[:, :first])
+    assert not torch.equal(after[:, first:], before[:, first:])
+
+
+@EACH
+def test_with_another_mask_the_future_is_seen(name):
+    everything = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    changed = IDS.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 13
+    model = MODELS[name]
+    assert (model(IDS, mask=everything) - model(changed, mask=everything))[:, 0].abs().max() > 1e-4
+    assert_close(model(IDS, mask=causal_mask(9)[None, None]), model(IDS), atol=1e-5, rtol=1e-5)
+
+
+@EACH
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 1, 4]], ids=str)
+def test_cached_is_uncached(name, chunks):
+    model = MODELS[name]
+    cache = model.make_cache(capacity=5)
+    parts = [model(part, cache=cache) for part in IDS.split(chunks, dim=1)]
+    assert_close(torch.cat(parts, dim=1), model(IDS), atol=1e-5, rtol=1e-5)
+
+
+@EACH
+def test_a_cache_cut_back_and_forked_continues_as_if_nothing_had_been(name):
+    model = MODELS[name]
+    cache = model.make_cache()
+    model(IDS, cache=cache)
+    cache.truncate(4)
+    twin = cache.fork()
+    model(IDS[:, :3], cache=twin)  # a branch that must not be seen
+    assert_close(model(IDS[:, 4:], cache=cache), model(IDS)[:, 4:], atol=1e-5, rtol=1e-5)
+    cache.select([1, 0, 1])
+    again = model(IDS[[1, 0, 1], :2], cache=cache)
+    whole = model(torch.cat([IDS, IDS[:, :2]], dim=1))[[1, 0, 1], 9:]
+    assert_close(again, whole, atol=1e-5, rtol=1e-5)
+
+
+@EACH
+def test_rows_behind_padding_are_the_rows_alone(name):
+    model = MODELS[name]
+    rows = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
+    ids, positions = left_pad(rows, pad_id=12)
+    cache = model.make_cache()
+    logits = model(ids, positions=positions, cache=cache)
+    more = torch.tensor([[3, 4], [5, 6], [7, 8]])
+    steps = torch.cat([model(more[:, :1], cache=cache), model(more[:, 1:], cache=cache)], dim=1)
+    for i, row in enumerate(rows):
+        alone = model(torch.tensor([row + more[i].tolist()]))[0]
+        assert_close(logits[i, -len(row) :], alone[: len(row)], atol=1e-5, rtol=1e-5)
+        assert_close(steps[i], alone[len(row) :], atol=1e-5, rtol=1e-5)
+        assert torch.isfinite(logits[i]).all()
+
+
+def test_positions_that_start_elsewhere_shift_learned_ones_and_leave_rotary_scores():
+    at = torch.arange(9)[None].expand(2, -1) + 5
+    assert_close(MODELS["llama"](IDS, positions=at), MODELS["llama"](IDS), atol=1e-5, rtol=1e-5)
+    assert (MODELS["gpt"](IDS, positions=at) - MODELS["gpt"](IDS)).abs().max() > 1e-2
+
+
+def test_tied_embeddings_are_one_tensor():
+    model = MODELS["llama"]
+    assert model.head is None
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    assert_close(model.unembed(x), x @ model.embed.weight.T)
+
+
+def test_forward_is_hidden_then_unembed_and_trains():
+    model = Decoder(CONFIG)
+    loss = torch.nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten())
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@EACH
+def test_bfloat16_follows_float32(name):
+    narrow = randomised(CONFIGS[name]).bfloat16()
+    logits = narrow(IDS)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - MODELS[name](IDS)).abs().max() < 0.06 * MODELS[name](IDS).abs().max()

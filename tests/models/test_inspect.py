@@ -1,0 +1,160 @@
+"""Looking inside changes nothing, and what is seen is what the model computes with."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.models.inspect import (
+    ablate,
+    ablate_heads,
+    attention_maps,
+    first_token_score,
+    hooked,
+    logit_lens,
+    mixer,
+    parameter_ledger,
+    previous_token_score,
+    residual_stream,
+    self_score,
+)
+from llm_atlas.nn.attention import merge_heads, split_heads
+
+IDS = torch.randint(0, 13, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model() -> Decoder:
+    config = DecoderConfig(
+        vocab=13, dim=16, layers=3, heads=4, kv_heads=2, hidden=24, context=32, qk_norm=True, tied=False
+    )
+    made, generator = Decoder(config), torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 1
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    return made.eval().requires_grad_(False)
+
+
+def hooks(model: Decoder) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_map_rows_add_up_to_one_and_see_no_future(model):
+    maps = attention_maps(model, IDS)
+    assert maps.shape == (3, 2, 4, 7, 7)
+    assert_close(maps.sum(-1), torch.ones(3, 2, 4, 7))
+    assert (maps.triu(1) == 0).all()
+    assert hooks(model) == 0
+
+
+def test_maps_times_values_are_the_output_of_every_layer(model):
+    maps = attention_maps(model, IDS)
+    for layer in range(3):
+        attention, seen = mixer(model, layer), {}
+        with hooked([(attention, lambda module, args, kwargs, out, seen=seen: seen.update(x=args[0], out=out))]):
+            model(IDS)
+        v = split_heads(attention.v(seen["x"]), 2).repeat_interleave(2, dim=1)
+        assert_close(attention.out(merge_heads(maps[layer] @ v)), seen["out"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_point_of_the_lens_is_the_logits(model):
+    stream = residual_stream(model, IDS)
+    assert stream.shape == (4, 2, 7, 16)
+    assert torch.equal(stream[0], model.embed(IDS))
+    lens = logit_lens(model, stream)
+    assert_close(lens[-1], model(IDS))
+    assert (lens[0] - lens[-1]).abs().max() > 0.1
+    assert hooks(model) == 0
+
+
+def test_every_point_is_the_one_before_and_what_the_block_adds(model):
+    stream = residual_stream(model, IDS)
+    for before, after, block in zip(stream, stream[1:], model.blocks, strict=False):
+        assert_close(block(before), after)
+
+
+def test_an_ablated_head_is_a_head_whose_part_of_the_output_matrix_is_zero(model):
+    with ablate_heads(model, [(1, 2), (1, 0)]):
+        ablated = model(IDS)
+    whole = model(IDS)
+    weight = mixer(model, 1).out.weight
+    for head in (0, 2):
+        weight.data[:, 4 * head : 4 * head + 4] = 0
+    assert_close(ablated, model(IDS))
+    assert (ablated - whole).abs().max() > 1e-2
+
+
+def test_ablated_sublayers_leave_the_stream_as_it_was(model):
+    sublayers = [part.sublayer for block in model.blocks for part in (block.mixer, block.feedforward)]
+    with ablate(*sublayers):
+        stream = residual_stream(model, IDS)
+    assert all(torch.equal(point, stream[0]) for point in stream)
+    assert not torch.equal(residual_stream(model, IDS)[1], stream[0])
+
+
+def test_nothing_stays_behind_even_after_an_error(model):
+    before = model(IDS)
+    with pytest.raises(RuntimeError, match="on purpose"), ablate_heads(model, [(0, 0)]), ablate(model.blocks[1].mixer.sublayer):
+        assert hooks(model) == 2
+        raise RuntimeError("on purpose")
+    with pytest.raises(ValueError, match="context"):
+        attention_maps(model, IDS.repeat(1, 6))
+    with pytest.raises(ValueError, match="context"):
+        residual_stream(model, IDS.repeat(1, 6))
+    assert hooks(model) == 0
+    assert torch.equal(model(IDS), before)
+
+
+def test_a_hook_that_cannot_be_set_takes_the_others_off(model):
+    with pytest.raises(AttributeError), hooked([(model.blocks[0], print), (None, print)]):
+        pass
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [([(3, 0)], "layer 3 is not one of the model's 3"), ([(0, 4)], "layer 0 has 4 heads, there is no head 4")],
+)
+def test_heads_that_do_not_exist(model, heads, message):
+    with pytest.raises(ValueError, match=message), ablate_heads(model, heads):
+        pass
+    assert hooks(model) == 0
+
+
+def test_scores_of_patterns_written_by_hand():
+    first, previous, own = torch.zeros(3, 5, 5).unbind(0)
+    first[:, 0] = 1
+    own.fill_diagonal_(1)
+    previous[range(1, 5), range(4)] = 1
+    previous[0, 0] = 1
+    maps = torch.stack([first, previous, own])
+    assert first_token_score(maps).tolist() == [1, 0.25, 0]  # the query at 1: its previous token is the first one
+    assert previous_token_score(maps).tolist() == [0, 1, 0]
+    assert self_score(maps).tolist() == [0, 0, 1]
+
+
+def test_scores_want_three_tokens():
+    for score in (first_token_score, previous_token_score, self_score):
+        with pytest.raises(ValueError, match="at least 3 tokens, got 2"):
+            score(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("placement", ["pre", "sandwich"])
+def test_the_ledger_adds_up_to_the_whole(positions, tied, placement):
+    config = DecoderConfig(
+        vocab=13, dim=16, layers=3, heads=4, hidden=24, context=32, qk_norm=True,
+        positions=positions, tied=tied, placement=placement,
+    )  # fmt: skip
+    model = Decoder(config)
+    ledger = parameter_ledger(model)
+    assert sum(ledger.values()) == sum(p.numel() for p in model.parameters())
+    norms = 2 * (2 if placement == "sandwich" else 1)
+    assert ledger == {
+        "embedding": 13 * 16 + (32 * 16 if positions == "learned" else 0),
+        "attention": 3 * 4 * 16 * 16,
+        "feed-forward": 3 * 3 * 16 * 24,
+        "norms": 3 * (norms * 16 + 2 * 4) + 16,
+        "head": 0 if tied else 13 * 16,
+    }

@@ -1,0 +1,357 @@
+"""Attention against torch, transformers and a slow oracle: what goes in, what comes out, and its gradients."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from llm_atlas.nn.attention import (
+    Attend,
+    MultiHeadAttention,
+    attention_weights,
+    fused_attention,
+    merge_heads,
+    scaled_dot_product_attention,
+    split_heads,
+)
+from llm_atlas.nn.cache import KVCache
+from llm_atlas.nn.masks import causal_mask, padding_mask
+from llm_atlas.nn.norm import rms_norm
+from llm_atlas.nn.positions import PositionScheme, RotaryPositions
+
+BOTH = pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])
+
+SHAPES = {
+    "no heads": ((5, 8), (7, 8), (7, 6)),
+    "heads": ((4, 5, 8), (4, 7, 8), (4, 7, 6)),
+    "heads, one key head": ((4, 5, 8), (1, 7, 8), (1, 7, 8)),
+    "heads, one query head": ((1, 5, 8), (4, 7, 8), (4, 7, 8)),
+    "batch and heads": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+    "groups": ((2, 6, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)),
+    "groups, no batch": ((6, 5, 8), (2, 7, 8), (2, 7, 8)),
+    "one group": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+    "one token": ((2, 4, 1, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+    "one token, groups": ((2, 6, 1, 8), (2, 2, 7, 8), (2, 2, 7, 6)),
+    "one token, groups, no batch": ((6, 1, 8), (2, 7, 8), (2, 7, 8)),
+    "one token, one group": ((2, 4, 1, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+}
+OPTIONS = ["plain", "scale", "mask", "mask of every head", "empty rows", "bias", "mask and bias"]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(shape: str, option: str) -> tuple[tuple[torch.Tensor, ...], dict]:
+    q_shape, k_shape, v_shape = SHAPES[shape]
+    q, k, v = randn(*q_shape, seed=1), randn(*k_shape, seed=2), randn(*v_shape, seed=3)
+    queries, keys = q.shape[-2], k.shape[-2]
+    heads = max(q_shape[-3], k_shape[-3]) if q.dim() > 2 else 1
+    every_head = (heads, queries, keys) if q.dim() > 2 else (queries, keys)
+    every_head = (1, *every_head) if q.dim() == 4 else every_head
+    mask = randn(*every_head[:-3], *([1] if q.dim() > 2 else []), queries, keys, seed=4) > -0.3
+    mask[..., 0] = True
+    full = randn(*every_head, seed=5) > -0.3
+    full[..., 1] = True
+    empty = mask.clone()
+    empty[..., queries // 2, :] = False
+    bias = 2 * randn(*every_head, seed=6)
+    how = {
+        "plain": {},
+        "scale": {"scale": 0.7},
+        "mask": {"mask": mask},
+        "mask of every head": {"mask": full},
+        "empty rows": {"mask": empty},
+        "bias": {"bias": bias},
+        "mask and bias": {"mask": empty, "bias": bias},
+    }[option]
+    return (q, k, v), how
+
+
+def oracle(q, k, v, *, mask=None, bias=None, is_causal=False, scale=None):
+    """torch's own attention in float64, every head written out; a row that may look nowhere looks everywhere, times 0."""
+    if q.dim() > 2 and q.shape[-3] > k.shape[-3]:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
+    shape = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]) + (q.shape[-2], k.shape[-2])
+    allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
+    if is_causal:
+        allowed = allowed & torch.ones(shape[-2:], dtype=torch.bool).tril()
+    sees = allowed.any(-1, keepdim=True)
+    added = torch.zeros(shape, dtype=torch.float64) if bias is None else bias.double().expand(shape)
+    added = added.masked_fill(~(allowed | ~sees), float("-inf"))
+    q, k, v = (t.double().expand(shape[:-2] + t.shape[-2:]) for t in (q, k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale) * sees
+
+
+def gradients(function, tensors, how):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves, **how)
+    out.backward(randn(*out.shape, seed=9).to(out.dtype))
+    return out.detach(), [leaf.grad for leaf in leaves]
+
+
+@BOTH
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_gradients_are_those_of_torch(attend, shape, option):
+    tensors, how = inputs(shape, option)
+    out, grads = gradients(attend, tensors, how)
+    expected, expected_grads = gradients(oracle, tensors, how)
+    assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert torch.isfinite(grad).all()
+        assert_close(grad, wanted, atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", ["groups", "one token, groups", "heads"])
+def test_bfloat16_is_as_good_as_its_eight_bits(attend, shape, option):
+    tensors, how = inputs(shape, option)
+    tensors = [t.bfloat16() for t in tensors]
+    out, grads = gradients(attend, tensors, how)
+    expected, expected_grads = gradients(oracle, tensors, how)
+    assert out.dtype == torch.bfloat16
+    assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert_close(grad.double(), wanted.double(), atol=6e-2, rtol=6e-2)
+
+
+@BOTH
+@pytest.mark.parametrize("option", OPTIONS)
+def test_is_causal_on_a_square_is_the_lower_triangle(attend, option):
+    tensors, how = inputs("groups", option)
+    tensors = [t[..., :5, :] for t in tensors]
+    how = {name: t[..., :5] if torch.is_tensor(t) else t for name, t in how.items()} | {"is_causal": True}
+    out, grads = gradients(attend, tensors, how)
+    expected, expected_grads = gradients(oracle, tensors, how)
+    assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
+    assert_close(grads, [g.float() for g in expected_grads], atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("keys", [4, 6])
+def test_is_causal_off_the_square_is_refused(attend, keys):
+    with pytest.raises(ValueError, match=f"5 queries and {keys} keys is ambiguous"):
+        attend(randn(5, 8), randn(keys, 8), randn(keys, 8), is_causal=True)
+
+
+@BOTH
+def test_a_row_that_may_look_nowhere_gives_exact_zeros(attend):
+    q = randn(2, 3, 4)
+    out = attend(q, q, q, mask=torch.zeros(3, 3, dtype=torch.bool))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_the_readable_form_passes_gradcheck():
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    bias = randn(2, 3, seed=4).double().requires_grad_()
+    q, k, v = (randn(*s, seed=i).double().requires_grad_() for i, s in enumerate([(2, 4), (3, 4), (3, 2)]))
+    torch.autograd.gradcheck(
+        lambda q, k, v, bias: scaled_dot_product_attention(q, k, v, mask=mask, bias=bias), (q, k, v, bias)
+    )
+
+
+def test_weights_add_up_to_one_and_are_exactly_zero_behind_the_mask():
+    (q, k, v), how = inputs("groups", "empty rows")
+    weights = attention_weights(q, k, **how)
+    mask = how["mask"].expand_as(weights)
+    assert torch.equal(weights == 0, ~mask)
+    assert_close(weights.sum(-1), mask.any(-1).float())
+    assert_close(weights @ v.repeat_interleave(3, dim=1), scaled_dot_product_attention(q, k, v, **how))
+
+
+def test_weights_of_bfloat16_inputs_are_computed_in_float32():
+    q, k = randn(4, 64).bfloat16(), randn(6, 64, seed=1).bfloat16()
+    weights = attention_weights(q, k)
+    assert weights.dtype == torch.float32
+    assert_close(weights, attention_weights(q.float(), k.float()))
+
+
+def test_two_queries_by_hand():
+    # Scores 1/sqrt(1) * [ln 3, 0]: weights 3/4 and 1/4.
+    q, k, v = torch.tensor([[1.0], [0.0]]), torch.tensor([[math.log(3)], [0.0]]), torch.tensor([[4.0], [8.0]])
+    assert_close(scaled_dot_product_attention(q, k, v), torch.tensor([[5.0], [6.0]]))
+
+
+# -------------------------------------------------------------------------------------- the module
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter of the module drawn anew, norm scales and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        scale = 1.0 if parameter.dim() < 2 else parameter.shape[1] ** -0.5
+        parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    return module.eval()
+
+
+def torch_twin(ours: MultiHeadAttention, dim: int, context_dim: int | None = None) -> nn.MultiheadAttention:
+    bias = ours.q.bias is not None
+    twin = nn.MultiheadAttention(dim, ours.heads, bias=bias, kdim=context_dim, vdim=context_dim, batch_first=True)
+    parts = [ours.q, ours.k, ours.v]
+    state = {"out_proj.weight": ours.out.weight}
+    if context_dim is None:
+        state["in_proj_weight"] = torch.cat([part.weight for part in parts])
+    else:
+        state |= {f"{name}_proj_weight": part.weight for name, part in zip("qkv", parts, strict=True)}
+    if bias:
+        state |= {"in_proj_bias": torch.cat([part.bias for part in parts]), "out_proj.bias": ours.out.bias}
+    twin.load_state_dict(state)
+    return twin.train()  # not eval: there torch takes a fast path that knows no gradients
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_is_torch_multihead_attention(bias, causal):
+    ours = randomised(MultiHeadAttention(12, 3, bias=bias, causal=causal))
+    x, y = (randn(2, 5, 12).requires_grad_() for _ in range(2))
+    mask = ~causal_mask(5) if causal else None
+    out, expected = ours(x), torch_twin(ours, 12)(y, y, y, attn_mask=mask, need_weights=False)[0]
+    assert_close(out, expected, atol=1e-6, rtol=1e-5)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close(x.grad, y.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cross_attention_is_torch_multihead_attention_with_kdim_and_vdim(bias):
+    ours = randomised(MultiHeadAttention(12, 3, context_dim=7, bias=bias))
+    x, context = randn(2, 4, 12), randn(2, 6, 7, seed=1)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]])
+    mask = padding_mask(positions)
+    twin = torch_twin(ours, 12, 7)
+    expected = twin(x, context, context, key_padding_mask=positions < 0, need_weights=False)[0]
+    assert_close(ours(x, context=context, mask=mask), expected, atol=1e-6, rtol=1e-5)
+    unmasked = twin(x, context, context, need_weights=False)[0]
+    assert_close(ours(x, context=context), unmasked, atol=1e-6, rtol=1e-5)
+    assert (expected - unmasked)[1].abs().max() > 1e-2  # the padding mattered
+
+
+def test_cross_attention_is_that_of_t5():
+    from transformers import T5Config
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    config = T5Config(d_model=12, d_kv=5, num_heads=3, dropout_rate=0.0, is_decoder=True)
+    theirs = randomised(T5Attention(config, has_relative_attention_bias=False, layer_idx=0), seed=3)
+    ours = MultiHeadAttention(12, 3, head_dim=5)
+    # T5 does not scale its scores; ours are divided by sqrt(5), so the queries carry a factor sqrt(5).
+    weights = {"q.weight": theirs.q.weight * math.sqrt(5)}
+    ours.load_state_dict(weights | {f"{n}.weight": getattr(theirs, n[0]).weight for n in ("k", "v", "out")})
+    x, context = randn(2, 4, 12), randn(2, 6, 12, seed=1)
+    mask = padding_mask(torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]]))
+    added = torch.zeros(2, 1, 4, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+    expected = theirs(x, mask=added, key_value_states=context)[0]
+    assert_close(ours(x, context=context, mask=mask), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_cached_encoder_keys_and_values_are_not_computed_again():
+    cross = randomised(MultiHeadAttention(12, 4, kv_heads=2, context_dim=7))
+    x, context = randn(2, 5, 12), randn(2, 6, 7, seed=1)
+    mask = padding_mask(torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]]))
+    whole = cross(x, context=context, mask=mask)
+    cache = KVCache(1)[0]
+    calls = []
+    with cross.k.register_forward_hook(lambda *_: calls.append(1)):
+        steps = [cross(x[:, i : i + 1], context=context, mask=mask, cache=cache) for i in range(5)]
+    assert len(calls) == 1
+    assert cache.length == 6
+    assert_close(torch.cat(steps, dim=1), whole, atol=1e-6, rtol=1e-5)
+
+
+def test_positions_turn_no_query_of_cross_attention():
+    # The encoder's keys are not turned, so a turned query would meet them at an angle that means nothing.
+    plain = randomised(MultiHeadAttention(8, 2, context_dim=7))
+    rotary = MultiHeadAttention(8, 2, context_dim=7, positions=RotaryPositions(4, length=16))
+    rotary.load_state_dict(plain.state_dict())
+    x, context = randn(1, 5, 8), randn(1, 6, 7, seed=1)
+    assert torch.equal(rotary(x, context=context), plain(x, context=context))
+    x = randn(1, 5, 8)
+    assert not torch.allclose(rotary.eval()(x, context=context[..., :7]), MultiHeadAttention(8, 2)(x))
+
+
+@pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])
+def test_grouped_heads_are_repeated_heads(attend):
+    grouped = randomised(MultiHeadAttention(12, 6, kv_heads=2, attend=attend))
+    whole = MultiHeadAttention(12, 6)
+    state = grouped.state_dict()
+    for name in ("k.weight", "v.weight"):
+        state[name] = state[name].unflatten(0, (2, 2)).repeat_interleave(3, dim=0).flatten(0, 1)
+    whole.load_state_dict(state)
+    x = randn(2, 5, 12)
+    assert_close(grouped(x), whole(x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_token_by_token_behind_a_cache_is_the_whole(kv_heads):
+    mixer = randomised(MultiHeadAttention(12, 6, kv_heads=kv_heads, head_dim=4, positions=RotaryPositions(4, length=9)))
+    x = randn(2, 9, 12)
+    whole = mixer(x)
+    for chunks in ([1] * 9, [4, 1, 3, 1], [2, 7]):
+        cache, out = KVCache(1), []
+        for part in x.split(chunks, dim=1):
+            cache.place(torch.arange(cache.length, cache.length + part.shape[1])[None], plain=True)
+            out.append(mixer(part, cache=cache[0], positions=cache.positions[:, -part.shape[1] :]))
+        assert_close(torch.cat(out, dim=1), whole, atol=1e-6, rtol=1e-5)
+
+
+def test_qk_norm_comes_before_the_rotation():
+    rotary = RotaryPositions(4, length=8)
+    mixer = randomised(MultiHeadAttention(8, 2, qk_norm=True, positions=rotary, norm_eps=1e-6))
+    x, positions = randn(1, 6, 8), torch.arange(6)[None]
+    q, k = split_heads(mixer.q(x), 2), split_heads(mixer.k(x), 2)
+    v = split_heads(mixer.v(x), 2)
+    scales = mixer.q_norm.weight, mixer.k_norm.weight
+
+    def out(q, k):
+        return mixer.out(merge_heads(scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+    before = [rotary.rotate(rms_norm(t, w), positions) for t, w in zip((q, k), scales, strict=True)]
+    after = [rms_norm(rotary.rotate(t, positions), w) for t, w in zip((q, k), scales, strict=True)]
+    assert_close(mixer(x), out(*before), atol=1e-6, rtol=1e-5)
+    assert (mixer(x) - out(*after)).abs().max() > 1e-2
+
+
+def test_split_and_merge_are_inverse_and_cut_features_before_moving_axes():
+    x = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
+    heads = split_heads(x, 2)
+    assert heads.shape == (2, 2, 3, 4)
+    assert torch.equal(heads[1, 1, 2], x[1, 2, 4:])
+    assert torch.equal(merge_heads(heads), x)
+
+
+def test_attend_passes_everything_on():
+    seen = {}
+
+    def spy(q, k, v, **how):
+        seen.update(how)
+        return v
+
+    Attend(spy)(randn(2, 4), randn(2, 4), randn(2, 4), mask=None, bias=randn(2, 2), is_causal=True, scale=3.0)
+    assert (seen["is_causal"], seen["scale"], seen["bias"].shape) == (True, 3.0, (2, 2))
+
+
+class Slopes(PositionScheme):
+    """A bias that falls with the distance, as ALiBi's."""
+
+    def bias(self, query_positions, key_positions):
+        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+        return -torch.tensor([0.5, 0.25])[:, None, None] * distance.float()
+
+
+def test_a_scheme_that_biases_the_scores_works_with_and_without_a_cache():
+    mixer = randomised(MultiHeadAttention(8, 2, positions=Slopes()))
+    x, at = randn(1, 5, 8), torch.arange(5)[None]
+    q, k, v = (split_heads(part(x), 2) for part in (mixer.q, mixer.k, mixer.v))
+    bias = Slopes().bias(at, at)
+    whole = mixer(x)
+    assert_close(whole, mixer.out(merge_heads(oracle(q, k, v, bias=bias, is_causal=True).float())), atol=1e-6, rtol=1e-5)
+    cache, steps = KVCache(1), []
+    for i in range(5):
+        cache.place(at[:, i : i + 1], plain=True)
+        steps.append(mixer(x[:, i : i + 1], positions=at[:, i : i + 1], cache=cache[0]))
+    assert_close(torch.cat(steps, dim=1), whole, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,68 @@
+"""Masks against their definitions, pair by pair."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from llm_atlas.nn.masks import PAD, causal_mask, left_pad, padding_mask, visible
+
+
+@given(st.integers(1, 9), st.integers(0, 9))
+def test_causal_mask_lets_a_query_see_itself_and_what_came_before(queries, past):
+    mask = causal_mask(queries, queries + past)
+    for i in range(queries):
+        for j in range(queries + past):
+            assert bool(mask[i, j]) == (j <= i + past)
+
+
+def test_causal_mask_of_a_square_is_torch_tril():
+    assert torch.equal(causal_mask(6), torch.ones(6, 6, dtype=torch.bool).tril())
+
+
+@st.composite
+def positions(draw, batch: int, length: int):
+    row = st.lists(st.integers(PAD, 12), min_size=length, max_size=length)
+    return torch.tensor([draw(row) for _ in range(batch)])
+
+
+@given(st.data(), st.sampled_from([(1, 1), (2, 2), (1, 3), (3, 1)]), st.none() | st.integers(1, 6))
+def test_visible_is_its_definition(data, batches, window):
+    q = data.draw(positions(batches[0], data.draw(st.integers(1, 4))))
+    k = data.draw(positions(batches[1], data.draw(st.integers(1, 4))))
+    mask = visible(q, k, window=window)
+    rows = max(batches)
+    assert mask.shape == (rows, 1, q.shape[1], k.shape[1])
+    for b in range(rows):
+        for i, p in enumerate(q[b % len(q)].tolist()):
+            for j, r in enumerate(k[b % len(k)].tolist()):
+                allowed = r >= 0 and r <= p and (window is None or p - r < window)
+                assert bool(mask[b, 0, i, j]) == allowed
+
+
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_visible_of_plain_positions_is_the_causal_mask(queries, keys):
+    assume(queries <= keys)
+    at = torch.arange(keys)[None]
+    assert torch.equal(visible(at[:, keys - queries :], at)[0, 0], causal_mask(queries, keys))
+
+
+def test_padding_mask_is_true_at_tokens():
+    mask = padding_mask(torch.tensor([[PAD, 0, 1], [0, 1, PAD]]))
+    assert mask.tolist() == [[[[False, True, True]]], [[[True, True, False]]]]
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=7), min_size=1, max_size=5), st.integers(0, 99))
+def test_left_pad_keeps_every_row_and_counts_its_tokens(rows, pad):
+    ids, at = left_pad(rows, pad)
+    longest = max(map(len, rows))
+    for i, row in enumerate(rows):
+        padding = longest - len(row)
+        assert ids[i].tolist() == [pad] * padding + row
+        assert at[i].tolist() == [PAD] * padding + list(range(len(row)))
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_window_counts_the_query_itself(window):
+    at = torch.arange(8)[None]
+    assert visible(at, at, window=window)[0, 0, 7].sum() == window
