@@ -93,7 +93,9 @@ def _add_static(app: Sphinx) -> None:
 def _load_on_page(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
-    if _has_explorable(doctree):
+    # Jupyter Book has put every file of its static folder on the page already
+    loaded = [str(getattr(file, "filename", file)) for file in context.get("script_files", ())]
+    if _has_explorable(doctree) and not any(name.endswith("/explore.js") for name in loaded):
         app.add_css_file("explore.css")
         app.add_js_file("explore.js", loading_method="defer")
 
