@@ -29,6 +29,7 @@ export IPYTHONDIR := $(CURDIR)/.venv/ipython
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
+NOT_SITE := --ignore=tests/test_site.py --ignore=tests/browser
 TYPES := --jaxtyping-packages=llm_atlas,beartype.beartype
 WORKERS := -n 2 --dist loadfile
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-cell-timeout 180
@@ -117,7 +118,8 @@ fmt: setup-test  ## format and mend what ruff can mend
 
 .PHONY: test-unit
 test-unit: setup-test assets
-	$(LIMIT) 1200 $(PY) -m pytest tests --ignore=tests/test_site.py --ignore=tests/browser $(WORKERS) $(TYPES)
+	$(LIMIT) 600 $(PY) -m pytest tests $(NOT_SITE) -m untyped
+	$(LIMIT) 1200 $(PY) -m pytest tests $(NOT_SITE) -m "not untyped" $(WORKERS) $(TYPES)
 
 .PHONY: test-chapters
 test-chapters: setup-test assets
