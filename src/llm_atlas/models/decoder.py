@@ -104,7 +104,9 @@ class Decoder(nn.Module):
         rows may be of different length; padding has position -1. `mask` replaces the causal mask.
         """
         past = 0 if cache is None else cache.length
-        self._check(ids, past)
+        self._check(ids, positions, past)
+        if past and cache.rows != ids.shape[0]:
+            raise ValueError(f"the cache holds {cache.rows} rows, the new ids have {ids.shape[0]}")
         plain = positions is None
         if plain and (cache is None or cache.plain):
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
@@ -138,9 +140,13 @@ class Decoder(nn.Module):
         """An empty cache that fits this model."""
         return KVCache(self.config.layers, capacity=capacity)
 
-    def _check(self, ids: Tensor, past: int) -> None:
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids must have shape (batch, seq) with seq at least 1, got {tuple(ids.shape)}")
+    def _check(self, ids: Tensor, positions: Tensor | None, past: int) -> None:
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"ids must have shape (batch, seq) with both at least 1, got {tuple(ids.shape)}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
+        if positions is not None and positions.shape != ids.shape:
+            raise ValueError(f"positions have shape {tuple(positions.shape)}, ids have {tuple(ids.shape)}: they must be equal")
         if past + ids.shape[1] > self.config.context:
             raise ValueError(f"{past + ids.shape[1]} tokens do not fit the context of {self.config.context}")
         if ids.device != self.embed.weight.device:

@@ -50,7 +50,7 @@ def attention_weights(
     `scale` is $1/\sqrt{d}$ unless given. `mask` is True where a query may look; weights elsewhere are exactly 0,
     and a row that may look nowhere is all zeros (no NaN). `is_causal` is the square lower triangle.
     """
-    _check(q, k, k, mask, is_causal)
+    _check(q, k, k, mask, bias, is_causal)
     wide = torch.promote_types(q.dtype, torch.float32)
     k = _share_heads(q, k)
     scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
 
     Time $O(T^2 d)$, memory $O(T^2)$. Vaswani et al. 2017, section 3.2.1 (arXiv 1706.03762).
     """
-    _check(q, k, v, mask, is_causal)
+    _check(q, k, v, mask, bias, is_causal)
     weights = attention_weights(q, k, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
     return (weights @ _share_heads(q, v).to(weights.dtype)).to(q.dtype)
 
@@ -104,7 +104,7 @@ def fused_attention(
 
     Memory O(T) where the kernel is a tiled one. Tested equal to the readable form.
     """
-    _check(q, k, v, mask, is_causal)
+    _check(q, k, v, mask, bias, is_causal)
     if bias is not None:
         if is_causal:
             mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
@@ -205,6 +205,10 @@ class MultiHeadAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """Shape (batch, seq, dim) to the same shape; see the class for the arguments."""
+        if x.shape[-1] != self.q.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, this layer takes {self.q.in_features}")
+        if context is not None and context.shape[-1] != self.k.in_features:
+            raise ValueError(f"context has {context.shape[-1]} features, this layer takes {self.k.in_features}")
         if positions is None:
             past = cache.length if cache is not None and context is None else 0
             positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
@@ -251,13 +255,19 @@ def _and(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask & other
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool
+) -> None:
     if q.dim() < 2 or k.dim() < 2 or v.dim() < 2:
         raise ValueError(f"q, k and v need at least 2 axes (tokens, features), got {q.dim()}, {k.dim()} and {v.dim()}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has {q.shape[-1]} features and k has {k.shape[-1]}: they must be equal")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"there are {k.shape[-2]} keys and {v.shape[-2]} values: they must be equal")
+    if k.shape[:-2] != v.shape[:-2]:
+        raise ValueError(f"keys have leading axes {tuple(k.shape[:-2])} and values {tuple(v.shape[:-2])}: they must be equal")
+    if q.shape[:-3] != k.shape[:-3] and not _broadcast(q.shape[:-3], k.shape[:-3]):
+        raise ValueError(f"queries have leading axes {tuple(q.shape[:-3])} and keys {tuple(k.shape[:-3])}: they do not fit")
     if q.dim() > 2 and k.dim() > 2 and q.shape[-3] % k.shape[-3] and q.shape[-3] != 1:
         raise ValueError(f"{q.shape[-3]} query heads do not divide into groups over {k.shape[-3]} key heads")
     if not (q.dtype == k.dtype == v.dtype):
@@ -271,6 +281,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (True = may look), got {mask.dtype}; additive terms go into bias")
-        rows, columns = mask.shape[-2:]
-        if rows not in (1, q.shape[-2]) or columns not in (1, k.shape[-2]):
-            raise ValueError(f"mask ends in {rows} x {columns}, but there are {q.shape[-2]} queries and {k.shape[-2]} keys")
+    for name, t in (("mask", mask), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dim() < 2 or t.shape[-2] not in (1, q.shape[-2]) or t.shape[-1] not in (1, k.shape[-2]):
+            raise ValueError(
+                f"{name} ends in {' x '.join(map(str, t.shape[-2:]))}, but there are {q.shape[-2]} queries and {k.shape[-2]} keys"
+            )
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device}, q, k and v are on {q.device}")
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))

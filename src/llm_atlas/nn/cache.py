@@ -24,6 +24,11 @@ class LayerCache:
         """The position of every slot, this step's included; None before the model has placed any."""
         return self._owner.positions
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first append."""
+        return 0 if self._buffers is None else self._buffers[0].shape[0]
+
     def append(
         self, k: Float[Tensor, "batch heads new dim"], v: Float[Tensor, "batch heads2 new value_dim"]
     ) -> tuple[Float[Tensor, "batch heads length dim"], Float[Tensor, "batch heads2 length value_dim"]]:
@@ -119,6 +124,11 @@ class KVCache:
         return 0 if self.positions is None else self.positions.shape[1]
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch that it holds; 0 before the first tokens."""
+        return max(layer.rows for layer in self._layers) if self.length else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all layers' slots in use."""
         return sum(layer.nbytes for layer in self._layers)
@@ -147,9 +157,18 @@ class KVCache:
 
     def select(self, rows: Int[Tensor, " rows"] | Sequence[int]) -> None:
         """Keep these rows of the batch, in this order; a row may be taken more than once (beams)."""
+        if self.positions is None:
+            return  # nothing is kept yet
         rows = torch.as_tensor(rows)
-        if self.positions is not None and self.positions.shape[0] > 1:
-            self.positions = self.positions[rows.to(self.positions.device)]
+        if rows.dim() != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
+            raise ValueError(f"rows must be a list of row numbers, got {rows.dtype} of shape {tuple(rows.shape)}")
+        if rows.device.type == "cpu":  # elsewhere reading a value back would make the device wait
+            wrong = [row for row in rows.tolist() if not 0 <= row < self.rows]
+            if wrong:
+                raise ValueError(f"row {wrong[0]} is not one of the {self.rows} rows of the cache")
+        rows = rows.to(self.positions.device)
+        if self.positions.shape[0] > 1:
+            self.positions = self.positions[rows]
         for layer in self._layers:
             layer.select(rows)
 

@@ -25,6 +25,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Shape (..., dim) to the same shape."""
+        _check_features(x, self.up.in_features)
         return self.down(self.activation(self.up(x)))
 
 
@@ -48,6 +49,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Shape (..., dim) to the same shape."""
+        _check_features(x, self.up.in_features)
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
@@ -66,3 +68,8 @@ def feed_forward_flops(dim: int, hidden: int, *, gated: bool = False) -> int:
 def _check(dim: int, hidden: int) -> None:
     if dim < 1 or hidden < 1:
         raise ValueError(f"dim {dim} and hidden {hidden} must be at least 1")
+
+
+def _check_features(x: Tensor, dim: int) -> None:
+    if x.shape[-1] != dim:
+        raise ValueError(f"x has {x.shape[-1]} features, this layer takes {dim}")

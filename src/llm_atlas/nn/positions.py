@@ -65,6 +65,7 @@ class SinusoidalPositions(PositionScheme):
         self, x: Float[Tensor, "batch seq dim"], positions: Int[Tensor, "batch2 seq"]
     ) -> Float[Tensor, "batch seq dim"]:
         """x + PE(positions)."""
+        _check_features(x, self.dim)
         return x + sinusoidal_positions(positions, self.dim, base=self.base).to(x.dtype)
 
 
@@ -73,12 +74,14 @@ class LearnedPositions(PositionScheme):
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
+        _check_length(length)
         self.table = nn.Embedding(length, dim)
 
     def embed(
         self, x: Float[Tensor, "batch seq dim"], positions: Int[Tensor, "batch2 seq"]
     ) -> Float[Tensor, "batch seq dim"]:
         """x + table[positions]."""
+        _check_features(x, self.table.embedding_dim)
         _check_reach(positions, self.table.num_embeddings)
         return x + self.table(positions.clamp(min=0))
 
@@ -96,8 +99,7 @@ class RotaryPositions(PositionScheme):
     def __init__(self, dim: int, *, base: float = 10000.0, length: int = 2048) -> None:
         super().__init__()
         _check_even(dim)
-        if length < 1:
-            raise ValueError(f"length {length} must be at least 1")
+        _check_length(length)
         self.dim, self.base, self.length = dim, base, length
         self.register_buffer("table", None, persistent=False)
         self.rebuild(torch.get_default_device())
@@ -118,6 +120,7 @@ class RotaryPositions(PositionScheme):
         self, x: Float[Tensor, "batch heads seq dim"], positions: Int[Tensor, "batch2 seq"]
     ) -> Float[Tensor, "batch heads seq dim"]:
         """Turn each pair; the length of every vector stays as it was."""
+        _check_features(x, self.dim)
         _check_reach(positions, self.table.shape[0])
         cos, sin = self.table[positions.clamp(min=0)].to(x.dtype)[:, None].unbind(-2)
         first, second = x.chunk(2, dim=-1)
@@ -134,6 +137,16 @@ def _frequencies(dim: int, base: float, device: torch.device | str | None) -> Fl
 def _check_even(dim: int) -> None:
     if dim < 2 or dim % 2:
         raise ValueError(f"dim {dim} must be even and positive: features are used in pairs")
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise ValueError(f"length {length} must be at least 1")
+
+
+def _check_features(x: Tensor, dim: int) -> None:
+    if x.shape[-1] != dim:
+        raise ValueError(f"x has {x.shape[-1]} features, these positions are made for {dim}")
 
 
 def _check_reach(positions: Tensor, length: int) -> None:

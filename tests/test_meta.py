@@ -1,0 +1,307 @@
+"""No literal devices: everything public runs on the `meta` device and makes its tensors nowhere else.
+
+`meta` tensors have a shape and no numbers, so a GPU is not needed to see that code follows the device of its input.
+What reads numbers back (`.tolist()`, `int(tensor)`) cannot run there and is listed with its reason.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import llm_atlas.infer
+import llm_atlas.models
+import llm_atlas.nn
+from llm_atlas.infer import generate, sampling
+from llm_atlas.models import decoder, families
+from llm_atlas.models import inspect as look
+from llm_atlas.nn import activations, attention, block, cache, feedforward, masks, norm, positions
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Every tensor that is made inside must be on `meta`."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                raise AssertionError(f"{function} made a tensor on {tensor.device}")
+        return out
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def at(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=torch.long)
+
+
+def on_meta(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Made on the CPU and moved, as `model.to("cuda")` does: buffers must move too."""
+    with _disable_current_modes():
+        return make().to("meta")
+
+
+CONFIG = decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=4, kv_heads=2, hidden=12, context=16, qk_norm=True)
+CONFIGS = [
+    CONFIG,
+    decoder.DecoderConfig(
+        vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, norm="layer", gated=False, activation="gelu",
+        positions="learned", attention_bias=True, tied=False, placement="sandwich",
+    ),
+    decoder.DecoderConfig(
+        vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions="sinusoidal", placement="post"
+    ),
+    decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions="none"),
+]  # fmt: skip
+
+
+def model(config: decoder.DecoderConfig = CONFIG) -> decoder.Decoder:
+    return on_meta(lambda: decoder.Decoder(config))
+
+
+def every_decoder() -> None:
+    for config in CONFIGS:
+        made = model(config)
+        made(at(2, 5))
+        made(at(2, 5), positions=at(2, 5))
+        made(at(2, 5), mask=torch.ones(1, 1, 5, 5, dtype=torch.bool, device="meta"))
+        for plain in (True, False):
+            kept = made.make_cache()
+            made(at(2, 5), cache=kept, positions=None if plain else at(2, 5))
+            for new in (1, 3):
+                made(at(2, new), cache=kept)
+            kept.truncate(4)
+            kept.fork().select(at(3))
+        made(at(2, 5)).sum().backward()
+
+
+def attentions() -> None:
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool, device="meta")
+    for attend in (attention.scaled_dot_product_attention, attention.fused_attention):
+        for how in ({}, {"mask": mask}, {"bias": x(5, 5)}, {"mask": mask, "bias": x(5, 5)}):
+            for causal in (False, True):
+                attend(x(2, 4, 5, 8), x(2, 2, 5, 8), x(2, 2, 5, 8), is_causal=causal, **how)
+        attend(x(2, 4, 1, 8), x(2, 2, 5, 8), x(2, 2, 5, 8))
+
+
+def mixers() -> None:
+    for make in (
+        lambda: attention.MultiHeadAttention(8, 4, kv_heads=2, qk_norm=True, positions=positions.RotaryPositions(2)),
+        lambda: attention.MultiHeadAttention(8, 4, causal=False, bias=True),
+    ):
+        mixer, kept = on_meta(make), cache.KVCache(1)
+        mixer(x(2, 5, 8))
+        mixer(x(2, 5, 8), cache=kept[0])
+        mixer(x(2, 3, 8), cache=kept[0])
+        mixer(x(2, 3, 8), context=x(2, 6, 8))
+
+
+def caches() -> None:
+    kept = cache.KVCache(1, capacity=2)
+    for new in (1, 4):
+        kept.place(at(2, new), plain=False)
+        kept[0].append(x(2, 3, new, 4), x(2, 3, new, 4))
+    kept.select(at(3))
+    kept.fork().truncate(2)
+
+
+def blocks() -> None:
+    def make():
+        return block.Block(
+            attention.MultiHeadAttention(8, 2),
+            feedforward.FeedForward(8),
+            lambda: norm.LayerNorm(8),
+            cross=attention.MultiHeadAttention(8, 2, context_dim=6),
+        )
+
+    on_meta(make)(x(2, 5, 8), context=x(2, 3, 6), context_mask=torch.ones(2, 1, 1, 3, dtype=torch.bool, device="meta"))
+
+
+def watched() -> None:
+    made = model()
+    with look.hooked([(made.norm, lambda *_: None)]), look.ablate_heads(made, [(0, 1)]), look.ablate(look.mixer(made, 1)):
+        look.logit_lens(made, look.residual_stream(made, at(2, 5)))
+    for score in (look.first_token_score, look.previous_token_score, look.self_score):
+        score(x(2, 5, 5))
+    look.parameter_ledger(made)
+
+
+def schemes() -> None:
+    for scheme in (
+        positions.PositionScheme(),
+        positions.SinusoidalPositions(8),
+        on_meta(lambda: positions.LearnedPositions(9, 8)),
+        on_meta(lambda: positions.RotaryPositions(8, length=9)),
+    ):
+        scheme.embed(x(2, 5, 8), at(1, 5))
+        scheme.rotate(x(2, 3, 5, 8), at(1, 5))
+        scheme.bias(at(1, 5), at(1, 5))
+        scheme.rebuild("meta")
+
+
+def loaded() -> None:
+    weights = {name: torch.empty_like(p) for name, p in model().named_parameters()}
+    made = families.build(CONFIG, weights, decoder.Decoder)
+    assert {p.device.type for p in made.parameters()} == {"meta"}
+    families.load_weights(made, weights)
+    made(at(1, 5))
+    families.rename({"model.norm.weight": x(8)}, families.LLAMA, 1)
+    families.gguf_weights({"blk.0.attn_q.weight": x(8, 8)}, CONFIG)
+
+
+# What runs each public symbol. Modules before functions only where one run covers both.
+RUNS: dict[object, Callable[[], object]] = {
+    activations.relu: lambda: activations.relu(x(3)),
+    activations.gelu: lambda: (activations.gelu(x(3)), activations.gelu(x(3), approximate="tanh")),
+    activations.silu: lambda: activations.silu(x(3)),
+    activations.find_activation: lambda: [activations.find_activation(n)(x(3)) for n in activations.ACTIVATIONS],
+    attention.attention_weights: lambda: attention.attention_weights(x(2, 5, 8), x(2, 5, 8), is_causal=True),
+    attention.scaled_dot_product_attention: attentions,
+    attention.fused_attention: attentions,
+    attention.Attend: mixers,
+    attention.MultiHeadAttention: mixers,
+    attention.split_heads: lambda: attention.split_heads(x(2, 5, 8), 2),
+    attention.merge_heads: lambda: attention.merge_heads(x(2, 2, 5, 4)),
+    block.Residual: blocks,
+    block.Block: blocks,
+    cache.LayerCache: caches,
+    cache.KVCache: caches,
+    decoder.Decoder: every_decoder,
+    families.rename: loaded,
+    families.load_weights: loaded,
+    families.build: loaded,
+    families.gguf_weights: loaded,
+    families.unpermute: lambda: families.unpermute(x(8, 3), 2),
+    feedforward.FeedForward: lambda: on_meta(lambda: feedforward.FeedForward(8))(x(2, 5, 8)),
+    feedforward.GatedFeedForward: lambda: on_meta(lambda: feedforward.GatedFeedForward(8))(x(2, 5, 8)),
+    look.hooked: watched,
+    look.mixer: watched,
+    look.residual_stream: watched,
+    look.logit_lens: watched,
+    look.ablate_heads: watched,
+    look.ablate: watched,
+    look.first_token_score: watched,
+    look.previous_token_score: watched,
+    look.self_score: watched,
+    look.parameter_ledger: watched,
+    masks.causal_mask: lambda: masks.causal_mask(3, 5, device="meta"),
+    masks.visible: lambda: masks.visible(at(2, 3), at(2, 5), window=2),
+    masks.padding_mask: lambda: masks.padding_mask(at(2, 5)),
+    norm.layer_norm: lambda: norm.layer_norm(x(3, 8), x(8), x(8)),
+    norm.rms_norm: lambda: norm.rms_norm(x(3, 8), x(8)),
+    norm.LayerNorm: lambda: on_meta(lambda: norm.LayerNorm(8))(x(3, 8)),
+    norm.RMSNorm: lambda: on_meta(lambda: norm.RMSNorm(8))(x(3, 8)),
+    positions.PositionScheme: schemes,
+    positions.sinusoidal_positions: lambda: positions.sinusoidal_positions(at(2, 5), 8),
+    positions.SinusoidalPositions: schemes,
+    positions.LearnedPositions: schemes,
+    positions.RotaryPositions: schemes,
+    decoder.embedded_positions: every_decoder,
+    decoder.rotary_positions: every_decoder,
+    sampling.temperature: lambda: sampling.temperature(0.5)(x(2, 11), []),
+    sampling.greedy: lambda: sampling.greedy(x(2, 11)),
+    sampling.sample: lambda: sampling.sample(x(2, 11)),
+}
+
+NO_TENSORS = {
+    "attention.AttendFunction", "decoder.DecoderConfig", "families.from_llama_config", "families.from_gguf_metadata",
+    "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops",
+}  # fmt: skip
+READS_NUMBERS = {
+    "generate.stream": "tokens are handed out as ints",
+    "generate.generate": "tokens are handed out as ints",
+    "inspect.attention_maps": "its maps are collected on the CPU, as its docstring says; see the test below",
+    "masks.left_pad": "its numbers come as lists, and torch.tensor reads a list on the CPU; see the test below",
+    "pretrained.load_smollm2": "reads a file",
+}
+
+
+def public() -> dict[str, object]:
+    """Every public function and class that a module of nn, models or infer defines."""
+    found = {}
+    for package in (llm_atlas.nn, llm_atlas.models, llm_atlas.infer):
+        for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            module = importlib.import_module(info.name)
+            for name, thing in vars(module).items():
+                if name.startswith("_") or getattr(thing, "__module__", None) != info.name:
+                    continue
+                if name == getattr(thing, "__name__", None) and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                    found[f"{info.name.removeprefix(package.__name__ + '.')}.{name}"] = thing
+    return found
+
+
+def test_every_public_symbol_has_its_run():
+    # A new symbol gets a line in RUNS, or a reason above.
+    named = {thing: name for name, thing in public().items()}
+    covered = {named[thing] for thing in RUNS}
+    assert covered | NO_TENSORS | set(READS_NUMBERS) == set(public())
+    assert not covered & (NO_TENSORS | set(READS_NUMBERS))
+
+
+@pytest.mark.parametrize("run", {id(run): run for run in RUNS.values()}.values(), ids=lambda run: run.__name__)
+def test_runs_on_meta(run):
+    with OnlyMeta():
+        run()
+
+
+def test_left_pad_puts_its_tensors_where_it_is_told():
+    assert {t.device.type for t in masks.left_pad([[1, 2], [3]], device="meta")} == {"meta"}
+
+
+def test_generate_follows_the_model_as_far_as_the_first_token():
+    steps = generate.stream(model(), [[1, 2], [3]], max_new_tokens=2, temperature=1.0)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta tensor|Meta"):
+        next(steps)
+
+
+def test_attention_maps_run_there_up_to_the_copy_to_the_cpu():
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
+        look.attention_maps(model(), at(2, 5))
+
+
+# -------------------------------------------------------------------------- faults that must be caught
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda q: q + torch.zeros(8, device="cpu"),
+        lambda q: q[torch.arange(3)],  # torch itself lets an index on the CPU pass
+        lambda q: q @ torch.eye(8),
+        lambda q: q.masked_fill(torch.ones(5, 8, dtype=torch.bool), 0.0),
+        lambda q: torch.arange(5, device="cpu"),
+    ],
+)
+def test_a_literal_device_is_caught(fault):
+    with pytest.raises((AssertionError, RuntimeError)), OnlyMeta():
+        fault(x(5, 8))
+
+
+def test_a_literal_device_deep_inside_the_decoder_is_caught(monkeypatch):
+    def careless(queries, keys=None, *, device=None):
+        return masks.causal_mask(queries, keys, device="cpu")
+
+    monkeypatch.setattr(attention, "causal_mask", careless)
+    with pytest.raises((AssertionError, RuntimeError)), OnlyMeta():
+        every_decoder()
+
+
+def test_a_table_that_does_not_move_with_its_module_is_caught():
+    def forgetful():
+        scheme = positions.RotaryPositions(8, length=9)
+        table = scheme.table
+        scheme.to("meta")
+        del scheme._buffers["table"]
+        scheme.__dict__["table"] = table
+        return scheme
+
+    scheme = forgetful()
+    with pytest.raises((AssertionError, RuntimeError)), OnlyMeta():
+        scheme.rotate(x(2, 3, 5, 8), at(1, 5))
