@@ -344,11 +344,11 @@
       };
     },
 
-    colorScale(low, high) {
+    colorScale(low, high, deepest = 1) {
       const bar = html("div", { class: "atlas-explore-scale" });
       const stops = low < 0 && high > 0
-        ? "rgb(var(--ae-low)), transparent, rgb(var(--ae-high))"
-        : "transparent, rgb(var(--ae-high))";
+        ? `rgba(var(--ae-low), ${deepest}), transparent, rgba(var(--ae-high), ${deepest})`
+        : `transparent, rgba(var(--ae-high), ${deepest})`;
       bar.append(html("span", {}, number(low)), html("i", { style: `background: linear-gradient(90deg, ${stops})` }), html("span", {}, number(high)));
       return bar;
     },
@@ -362,14 +362,14 @@
         if (v !== null) {
           const both = low < 0 && high > 0;
           const t = both ? Math.min(Math.abs(v) / Math.max(-low, high), 1) : Math.min(Math.max((v - low) / (high - low), 0), 1);
-          span.style.background = `rgba(var(--ae-${both && v < 0 ? "low" : "high"}), ${t.toFixed(3)})`;
-          if (t > 0.62) span.classList.add("ae-strong");
+          // never so deep that the text loses its contrast
+          span.style.background = `rgba(var(--ae-${both && v < 0 ? "low" : "high"}), calc(${t.toFixed(3)} * var(--ae-deepest)))`;
         }
         if (i === d.focus) span.classList.add("ae-focus");
         line.append(span);
         return span;
       });
-      stage.append(line, paint.colorScale(low, high));
+      stage.append(line, paint.colorScale(low, high, "var(--ae-deepest)"));
       return {
         columns: spans.length,
         rows: 1,

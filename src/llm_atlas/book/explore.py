@@ -28,6 +28,8 @@ import numpy as np
 __all__ = ["MIME", "Bars", "Drawing", "Explorable", "Heatmap", "Lines", "Tokens", "explore"]
 
 MIME = "application/vnd.llm-atlas.explore+json"
+# beartype takes float at its word: 1 is none
+Number = int | float
 MAX_FRAMES = 400
 MAX_BYTES = 300_000
 _VIEW = "application/vnd.jupyter.widget-view+json"
@@ -78,7 +80,7 @@ class Lines(Drawing):
     lines: Mapping[str, Any]
     x_label: str = ""
     y_label: str = ""
-    y_range: tuple[float, float] | None = None
+    y_range: tuple[Number, Number] | None = None
     x_log: bool = False
     y_log: bool = False
 
@@ -115,7 +117,7 @@ class Bars(Drawing):
     values: Any
     x_label: str = ""
     y_label: str = ""
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[Number, Number] | None = None
 
     def frame(self) -> dict[str, Any]:
         values = _array(self.values, "values")
@@ -144,7 +146,7 @@ class Heatmap(Drawing):
     y_ticks: Sequence[str] | None = None
     x_label: str = ""
     y_label: str = ""
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[Number, Number] | None = None
 
     def frame(self) -> dict[str, Any]:
         values = _array(self.values, "values", ndim=2)
@@ -172,7 +174,7 @@ class Tokens(Drawing):
     tokens: Sequence[str]
     weights: Any
     focus: int | None = None
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[Number, Number] | None = None
 
     def frame(self) -> dict[str, Any]:
         weights = _array(self.weights, "weights")
@@ -499,11 +501,11 @@ def _check_parameters(fn: Callable[..., Drawing], ranges: Mapping[str, Any]) -> 
 # Stills, drawn from the same rounded frames as the site's own script draws.
 
 
-def _nan(values: Sequence[float | None]) -> np.ndarray:
+def _nan(values: Sequence[Number | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
-def _spread(ends: list[float], gap: float) -> list[float]:
+def _spread(ends: list[Number], gap: float) -> list[float]:
     """Move label positions apart until neighbours are `gap` from each other, keeping their order."""
     order = sorted(range(len(ends)), key=ends.__getitem__)
     placed = list(ends)

@@ -82,7 +82,7 @@ def use() -> None:
     )
 
 
-def figure(width: float = 6.4, height: float = 3.6, **grid: Any) -> "tuple[Figure, Any]":
+def figure(width: int | float = 6.4, height: int | float = 3.6, **grid: Any) -> "tuple[Figure, Any]":
     """A figure of `width` by `height` inches and its axes; `grid` goes to `plt.subplots` (nrows, ncols,
     sharey...)."""
     import matplotlib.pyplot as plt
@@ -96,7 +96,14 @@ def figure(width: float = 6.4, height: float = 3.6, **grid: Any) -> "tuple[Figur
 
 
 def label_line(
-    ax: "Axes", x: float, y: float, text: str, *, color: str = INK, dx: float = 6, dy: float = 0
+    ax: "Axes",
+    x: int | float,
+    y: int | float,
+    text: str,
+    *,
+    color: str = INK,
+    dx: int | float = 6,
+    dy: int | float = 0,
 ) -> None:
     """Write `text` beside the point (x, y) in data units, moved by (dx, dy) points: a direct label, not a
     legend."""
