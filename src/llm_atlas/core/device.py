@@ -14,7 +14,8 @@ def _available(kind: str) -> bool:
 def pick_device(prefer: torch.device | str | None = None) -> torch.device:
     """The device to use: `prefer` if it is given and there, else CUDA, else Apple's MPS, else the CPU.
 
-    Errors: ValueError for a name that is no device, for one this machine lacks, and for an index past the last GPU.
+    Errors: ValueError for a name that is no device, for one this machine lacks, and for an index past the
+    last GPU.
     """
     if prefer is None:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _available(kind)))
@@ -26,7 +27,9 @@ def pick_device(prefer: torch.device | str | None = None) -> torch.device:
         usable = ", ".join(kind for kind in ("cuda", "mps", "cpu") if _available(kind))
         raise ValueError(f"device {str(device)!r} is not available here; this machine has: {usable}")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} is not available here; CUDA devices: {torch.cuda.device_count()}")
+        raise ValueError(
+            f"device {str(device)!r} is not available here; CUDA devices: {torch.cuda.device_count()}"
+        )
     return device
 
 
@@ -35,7 +38,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
     | device | dtype | why |
     |---|---|---|
-    | cuda with native bfloat16 (Ampere, 2020, and later) | bfloat16 | half the bytes of float32, its full range |
+    | cuda with native bfloat16 (since Ampere) | bfloat16 | half the bytes of float32, its full range |
     | older cuda, mps | float16 | half the bytes; bfloat16 would be emulated or slow |
     | cpu, meta | float32 | most CPUs have no fast 16-bit arithmetic, and it is the reference |
     """
@@ -47,7 +50,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until `device` has finished what was asked of it; call before reading a clock. The CPU never lags."""
+    """Wait until `device` has done what was asked of it; call before reading a clock. The CPU never lags."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)

@@ -6,8 +6,8 @@ import torch
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator of its own, seeded; pass it to whatever draws.
 
-    The same seed gives the same draws on the same kind of device and version of PyTorch, however much other code
-    drew in between; CPU and CUDA give different draws for one seed.
+    The same seed gives the same draws on the same kind of device and version of PyTorch, however much other
+    code drew in between; CPU and CUDA give different draws for one seed.
     Errors: TypeError for a seed that is no int, ValueError for one outside [0, 2**63).
     """
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -39,8 +39,15 @@ class _LazyTensors(Mapping[str, Tensor]):
         tensor = self._tensors[name]
         kind = tensor.tensor_type.name
         if kind not in GGUF_TYPES:
-            raise ValueError(f"{self._path}: tensor {name!r} has type {kind}; readable are {', '.join(GGUF_TYPES)}")
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            raise ValueError(
+                f"{self._path}: tensor {name!r} has type {kind}; readable are {', '.join(GGUF_TYPES)}"
+            )
+        with np.errstate(all="ignore"):  # damaged scales overflow; that is said below
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{self._path}: tensor {name!r} holds non-finite values; delete it and fetch it again"
+            )
         # A copy, because float32 comes back as a view of the read-only file.
         return torch.from_numpy(np.array(values, dtype=np.float32, copy=True))
 
@@ -55,21 +62,22 @@ class _LazyTensors(Mapping[str, Tensor]):
 class GGUF:
     """A GGUF file in memory.
 
-    metadata: its key-value pairs as plain Python values (`llama.block_count` -> 30, `tokenizer.ggml.tokens` -> list).
+    metadata: its key-value pairs as plain Python values (`llama.block_count` -> 30, `tokenizer.ggml.tokens`
+              -> list).
     tensors:  name -> tensor in PyTorch's order of axes, (out, in) for a matrix; names are the file's own.
     types:    name -> the format the file stores it in, such as "Q4_1".
     """
 
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping  # [str, Tensor]; unsaid, since a type checker at run time would dequantize one to look
     types: Mapping[str, str] = field(default_factory=dict)
 
 
 def _bounded_reader(path: Path):
     """gguf's reader, made to stop at the end of the file.
 
-    gguf's own slices a memory map, and a slice past the end is silently short: a length field damaged into 2**50 then
-    loops over nothing until memory runs out.
+    gguf's own slices a memory map, and a slice past the end is silently short: a length field damaged into
+    2**50 then loops over nothing until memory runs out.
     """
     import gguf
 
@@ -81,13 +89,27 @@ def _bounded_reader(path: Path):
             return super()._get(offset, dtype, count, *args, **kwargs)
 
         def _get_field_parts(self, orig_offs, raw_type):
-            if int(raw_type) == gguf.GGUFValueType.ARRAY:
-                length = int(self._get(orig_offs + 4, np.uint64)[0])
-                if length > _MAX_ARRAY:
-                    raise ValueError(f"a list of {length} entries is declared at byte {orig_offs}")
-                if int(self._get(orig_offs, np.uint32)[0]) == gguf.GGUFValueType.ARRAY:
-                    raise ValueError(f"a list of lists is declared at byte {orig_offs}")
-            return super()._get_field_parts(orig_offs, raw_type)
+            if int(raw_type) != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+            length = int(self._get(orig_offs + 4, np.uint64)[0])
+            if length > _MAX_ARRAY:
+                raise ValueError(f"a list of {length} entries is declared at byte {orig_offs}")
+            if kind == gguf.GGUFValueType.ARRAY:
+                raise ValueError(f"a list of lists is declared at byte {orig_offs}")
+            # A vocabulary is 150,000 entries; gguf's several arrays for each take three seconds.
+            data, parts, offset = memoryview(self.data), [], orig_offs + 12
+            types = [gguf.GGUFValueType.ARRAY, kind]
+            if kind != gguf.GGUFValueType.STRING:
+                values = self._get(offset, self.gguf_scalar_to_np[kind], length)
+                return 12 + values.nbytes, [values], [0], types
+            for _ in range(length):
+                start = offset + 8
+                offset = start + int.from_bytes(data[offset:start], "little")
+                if offset > len(data):
+                    raise ValueError(f"byte {offset} is asked for and the file ends at {len(data)}")
+                parts.append(np.frombuffer(data[start:offset], np.uint8))
+            return offset - orig_offs, parts, list(range(length)), types
 
     return Reader(path)
 
@@ -95,12 +117,12 @@ def _bounded_reader(path: Path):
 def read_gguf(path: str | os.PathLike[str]) -> GGUF:
     """Read a GGUF file: metadata at once, each tensor dequantized to float32 when it is asked for.
 
-    F32 and F16 are plain numbers. Q8_0 keeps 32 int8 values and a float16 scale, $w = d\\,q$, 8.5 bits a weight.
-    Q4_1 keeps 32 4-bit values with a float16 scale and minimum, $w = d\\,q + m$, 5 bits a weight.
-    Cost: the header of a vocabulary of 50,000 takes some seconds, as does dequantizing 135 million weights:
+    F32 and F16 are plain numbers. Q8_0 keeps 32 int8 values and a float16 scale, $w = d\\,q$, 8.5 bits a
+    weight. Q4_1 keeps 32 4-bit values with a float16 scale and minimum, $w = d\\,q + m$, 5 bits a weight.
+    Cost: a header with a vocabulary of 50,000 takes half a second, dequantizing 135 million weights some seconds;
     `load_gguf` does both once. GGUF specification, version 3 (ggml/docs/gguf.md).
-    Errors: FileNotFoundError; ValueError for a file that is truncated, damaged or no GGUF, and, when that tensor is
-    asked for, for a block format not in `GGUF_TYPES`.
+    Errors: FileNotFoundError; ValueError for a file that is truncated, damaged or no GGUF, and, when that
+    tensor is asked for, for a block format not in `GGUF_TYPES`.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,6 +132,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUF:
             reader = _bounded_reader(path)
             # gguf adds three entries of its own about the file, GGUF.version and two counts.
             metadata = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+            for tensor in reader.tensors:
+                if tensor.n_elements == 0:
+                    raise ValueError(f"tensor {tensor.name!r} has shape {tensor.shape[::-1].tolist()}")
     except (ValueError, KeyError, IndexError, TypeError, ArithmeticError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: not a whole GGUF file ({why}); delete it and fetch it again") from None
@@ -144,7 +169,7 @@ def _cached_header(cached: Path, path: Path) -> dict[str, Any] | None:
     stat = path.stat()
     if notes["source_size"] != str(stat.st_size):
         return None
-    # The same size and time of change is taken for the same file, as make does; hashing would cost more than loading.
+    # The same size and time of change is taken for the same file, as make does; hashing costs more than this.
     if notes["source_mtime_ns"] != str(stat.st_mtime_ns) and notes["source_sha256"] != _sha256(path):
         return None
     return json.loads(notes["gguf"])
@@ -155,9 +180,10 @@ def load_gguf(
 ) -> GGUF:
     """Load a GGUF file with all its tensors, dequantized, in `dtype` (float32 if None) on `device`.
 
-    The first call writes the float32 values and the metadata to one safetensors file in the cache (4 bytes a weight,
-    540 MB for SmolLM2-135M); later calls map that file, which takes a fraction of a second. A source that changed is
-    read again. Where the cache cannot be written the values are returned all the same, at the cost of the first call.
+    The first call writes the float32 values and the metadata to one safetensors file in the cache (4 bytes a
+    weight, 540 MB for SmolLM2-135M); later calls map that file, which takes a fraction of a second. A source
+    that changed is read again. Where the cache cannot be written the values are returned all the same, at
+    the cost of the first call.
     Errors: as `read_gguf`, at once for all tensors.
     """
     path = Path(path)
@@ -171,14 +197,16 @@ def load_gguf(
             cached.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{cached}.lock"):
                 header = _cached_header(cached, path) or _fill_cache(cached, path)
-        except OSError:  # a cache that is read-only or full; a file that cannot be read fails again below, by name
+        except OSError:
+            # The cache is read-only or full. If it was the source that failed, it fails again here, by name.
             source = read_gguf(path)
             return GGUF(source.metadata, _moved(dict(source.tensors), dtype, device), source.types)
     return GGUF(header["metadata"], load_safetensors(cached, dtype=dtype, device=device), header["types"])
 
 
 def _fill_cache(cached: Path, path: Path) -> dict[str, Any]:
-    for stale in cached.parent.glob(f".{cached.name}.*.part"):  # of a process that was killed; the lock is ours
+    # The lock is held, so these are of processes that were killed.
+    for stale in cached.parent.glob(f".{cached.name}.*.part"):
         stale.unlink()
     stat = path.stat()
     source = read_gguf(path)
@@ -194,7 +222,9 @@ def _fill_cache(cached: Path, path: Path) -> dict[str, Any]:
     return header
 
 
-def _moved(tensors: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Tensor]:
+def _moved(
+    tensors: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
+) -> dict[str, Tensor]:
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
@@ -207,15 +237,16 @@ def load_safetensors(
     """Every tensor of a safetensors file; floating-point ones in `dtype` if given, all on `device`.
 
     On the CPU without a change of dtype the values are mapped from the file and read when first touched.
-    Errors: FileNotFoundError; ValueError for a truncated or damaged file and for anything else, such as a pickle,
-    which is never opened, since loading a pickle runs the code in it.
+    Errors: FileNotFoundError; ValueError for a truncated or damaged file and for anything else, such as a
+    pickle, which is never opened, since loading a pickle runs the code in it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            return _moved({name: file.get_tensor(name) for name in file.keys()}, dtype, device)  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _moved(tensors, dtype, device)
     except SafetensorError as error:
         with path.open("rb") as file:
             start = file.read(4)
@@ -233,15 +264,16 @@ def save_safetensors(
 ) -> None:
     """Write `tensors` and the strings in `metadata` to `path`, whole or not at all.
 
-    The file is written beside `path` under another name, flushed to the disk and renamed, so that neither a crash nor
-    a full disk leaves half a file. Errors: ValueError for tensors that share memory (clone one), OSError of the disk.
+    The file is written beside `path` under another name, flushed to the disk and renamed, so that neither a
+    crash nor a full disk leaves half a file. Errors: ValueError for tensors that share memory (clone one),
+    OSError of the disk.
     """
     path = Path(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # what the user's umask gives; safetensors replaces the file by a private one
+        mode = part.stat().st_mode  # by the user's umask; safetensors puts a private file in its place
         try:
             save_file(tensors, part, dict(metadata or {}))
         except RuntimeError as error:
@@ -256,4 +288,3 @@ def save_safetensors(
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-

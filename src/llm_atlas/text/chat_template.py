@@ -23,9 +23,13 @@ def _checked(messages: Sequence[Mapping[str, str]]) -> list[Message]:
         raise ValueError(f"messages {messages!r} must be a list of at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise ValueError(f"message {i} must have the keys role and content and no others; got {message!r}")
+            raise ValueError(
+                f"message {i} must have the keys role and content and no others; got {message!r}"
+            )
         if message["role"] not in ROLES:
-            raise ValueError(f"message {i} has role {message['role']!r}; it must be one of {', '.join(ROLES)}")
+            raise ValueError(
+                f"message {i} has role {message['role']!r}; it must be one of {', '.join(ROLES)}"
+            )
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} has content {message['content']!r}, which is no string")
     if messages[0]["role"] == "system":
@@ -36,8 +40,8 @@ def _checked(messages: Sequence[Mapping[str, str]]) -> list[Message]:
 def chatml(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
     """The conversation in ChatML, character for character as SmolLM2's template writes it.
 
-    Each message becomes `<|im_start|>role\\ncontent<|im_end|>\\n`; a conversation that does not open with a system
-    message gets SmolLM2's default one.
+    Each message becomes `<|im_start|>role\\ncontent<|im_end|>\\n`; a conversation that does not open with a
+    system message gets SmolLM2's default one.
     add_generation_prompt: end with the opening of an assistant's message, for the model to go on from.
     Errors: ValueError for no messages, an unknown role, other keys, content that is no string.
     """
@@ -50,8 +54,9 @@ def encode_chat(
 ) -> list[int]:
     """The token ids of `chatml(messages)`, with only the template's own marks as special tokens.
 
-    A message that spells out `<|im_end|>` gets those characters, not the token: nobody can close their own turn and
-    speak as someone else. For messages without such strings this is `encode(chatml(messages), special="allow")`.
+    A message that spells out `<|im_end|>` gets those characters, not the token: nobody can close their own
+    turn and speak as someone else. For messages without such strings this is `encode(chatml(messages),
+    special="allow")`.
     Errors: as `chatml`; ValueError for a tokenizer without ChatML's special tokens.
     """
     try:
