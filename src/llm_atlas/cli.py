@@ -48,12 +48,13 @@ def _plainly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from llm_atlas import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
