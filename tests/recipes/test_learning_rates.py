@@ -104,7 +104,9 @@ def test_qk_norm_bounds_the_logits():
 def test_the_loss_of_even_guesses():
     model = make_model("pre-norm", 0)
     nn.init.zeros_(model.embed.weight)
-    assert next_byte_loss(model, torch.zeros(2, 9, dtype=torch.long))[0].item() == pytest.approx(math.log(256))
+    assert next_byte_loss(model, torch.zeros(2, 9, dtype=torch.long))[0].item() == pytest.approx(
+        math.log(256)
+    )
 
 
 def test_unigram_loss_is_the_entropy_of_the_frequencies():

@@ -71,9 +71,7 @@ def make_model(variant: str, seed: int) -> Decoder:
     return model
 
 
-def next_byte_loss(
-    model: nn.Module, windows: Int[Tensor, "batch length"]
-) -> tuple[Tensor, dict[str, float]]:
+def next_byte_loss(model: nn.Module, windows: Int[Tensor, "batch length"]) -> tuple[Tensor, dict[str, float]]:
     """Mean cross-entropy of every byte given those before it, in nats."""
     logits = model(windows[:, :-1])
     return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), {}

@@ -383,9 +383,7 @@ def train(
     return model.eval(), rows
 
 
-def load_number_words(
-    path: Path | None = None, *, device: torch.device | str = "cpu"
-) -> NumberWords:
+def load_number_words(path: Path | None = None, *, device: torch.device | str = "cpu") -> NumberWords:
     """The trained model, in eval mode; give it to `translate` and `alignment`.
 
     From the package's own files, or from `path` and the .json beside it.
