@@ -29,10 +29,10 @@ def pick(rows, depth, residual, lr=LR):
 
 
 def test_the_weights_are_the_same_with_and_without():
-    with_sums, without = make_model(3, 0), make_model(3, 0, residual=False)
-    for (name, a), (other, b) in zip(with_sums.named_parameters(), without.named_parameters(), strict=True):
-        assert name == other
-        assert torch.equal(a, b)
+    with_sums = dict(make_model(3, 0).named_parameters())
+    without = dict(make_model(3, 0, residual=False).named_parameters())
+    assert with_sums.keys() == without.keys()
+    assert all(torch.equal(with_sums[name], without[name]) for name in with_sums)
 
 
 def test_without_residuals_a_block_is_its_sublayers_alone(windows):
@@ -51,6 +51,7 @@ def test_without_residuals_a_block_is_its_sublayers_alone(windows):
 
 def test_gradient_norms_are_those_of_autograd(windows):
     model = make_model(3, 0)
+    next_byte_loss(model, windows)[0].backward()  # what lies there already must not be added to
     norms = gradient_norms(model, windows)
     assert all(parameter.grad is None for parameter in model.parameters())
     parameters = list(model.blocks[1].parameters())
@@ -107,7 +108,7 @@ def test_what_the_committed_rows_say(rows):
     for row in pick(rows, 120, True):
         assert 0.01 < row["gradient_ratio"] < 100
     for row in pick(rows, 120, False):
-        assert not row["gradient_ratio"] or not 1e-6 < row["gradient_ratio"] < 1e6
+        assert row["gradient_ratio"] > 1e12
         assert row["similarity_at_start"] > 0.99
     for row in rows:
         assert row["parameters"] == pick(rows, row["depth"], True)[0]["parameters"]
