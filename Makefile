@@ -31,12 +31,14 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 NOT_SITE := --ignore=tests/test_site.py --ignore=tests/browser
 TYPES := --jaxtyping-packages=llm_atlas,beartype.beartype
+# A thread a worker: OpenMP's threads wait for each other by spinning, and two pairs of them on two cores crawl.
 WORKERS := -n 2 --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-cell-timeout 180
 # Another CPU: no vector kernels in torch, an older instruction set in oneDNN and MKL, one thread. A printed number
 # that depends on the order of a sum differs here.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 \
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+	$(ONE_THREAD)
 
 .PHONY: help
 help:  ## this list
@@ -119,13 +121,13 @@ fmt: setup-test  ## format and mend what ruff can mend
 .PHONY: test-unit
 test-unit: setup-test assets
 	$(LIMIT) 600 $(PY) -m pytest tests $(NOT_SITE) -m untyped
-	$(LIMIT) 1200 $(PY) -m pytest tests $(NOT_SITE) -m "not untyped" $(WORKERS) $(TYPES)
+	$(ONE_THREAD) $(LIMIT) 1200 $(PY) -m pytest tests $(NOT_SITE) -m "not untyped" $(WORKERS) $(TYPES)
 
 .PHONY: test-chapters
 test-chapters: setup-test assets
 	@$(PY) -c 'import matplotlib.font_manager'  # else the first figure says on stderr that it builds the font cache
 	@if ls chapters/*.ipynb >/dev/null 2>&1; then set -ex; \
-	  $(LIMIT) 1800 $(PY) -m pytest $(NBVAL) $(WORKERS) chapters; \
+	  $(ONE_THREAD) $(LIMIT) 1800 $(PY) -m pytest $(NBVAL) $(WORKERS) chapters; \
 	  $(OTHER_CPU) $(LIMIT) 1800 $(PY) -m pytest $(NBVAL) $(WORKERS) chapters; \
 	else echo 'There is no notebook in chapters/ yet.'; fi
 

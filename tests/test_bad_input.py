@@ -42,7 +42,7 @@ def ids(*shape: int, fill: int = 0, **how) -> torch.Tensor:
 
 def filled(rows: int = 2, length: int = 3) -> KVCache:
     cache = KVCache(1)
-    cache.place(torch.arange(length).expand(rows, -1), plain=True)
+    cache.place(length)
     cache[0].append(x(rows, 2, length, 4), x(rows, 2, length, 4))
     return cache
 
@@ -144,7 +144,7 @@ CASES = [
     (lambda: MODEL(ids(1, 3, fill=11)), ValueError, "token id 11 is outside the vocabulary of 11"),
     (lambda: MODEL(ids(1, 7)), ValueError, "7 tokens do not fit the context of 6"),
     (lambda: MODEL(ids(1, 3, device="meta")), ValueError, "ids are on meta, the model is on cpu"),
-    (lambda: MODEL(ids(2, 3), positions=ids(3)), ValueError, "positions have shape (3,), ids have (2, 3): they must be equal"),
+    (lambda: MODEL(ids(2, 3), positions=ids(3)), ValueError, "positions have shape (3,), the tokens have (2, 3): they must be equal"),
     (lambda: MODEL(ids(1, 3), positions=ids(1, 3, fill=6)), ValueError, "position 6 is past the table of 6 positions"),
     (lambda: MODEL(ids(1, 3), mask=x(1, 1, 3, 3)), TypeError, "mask must be bool (True = may look), got torch.float32; additive terms go into bias"),
     (lambda: MODEL(ids(1, 3), mask=x(1, 1, 3, 4).bool()), ValueError, "mask ends in 3 x 4, but there are 3 queries and 4 keys".replace("4 keys", "3 keys")),

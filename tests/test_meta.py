@@ -106,7 +106,7 @@ def mixers() -> None:
 def caches() -> None:
     kept = cache.KVCache(1, capacity=2)
     for new in (1, 4):
-        kept.place(at(2, new), plain=False)
+        kept.place(new, at(2, new))
         kept[0].append(x(2, 3, new, 4), x(2, 3, new, 4))
     kept.select(at(3))
     kept.fork().truncate(2)

@@ -294,7 +294,7 @@ def test_token_by_token_behind_a_cache_is_the_whole(kv_heads):
     for chunks in ([1] * 9, [4, 1, 3, 1], [2, 7]):
         cache, out = KVCache(1), []
         for part in x.split(chunks, dim=1):
-            cache.place(torch.arange(cache.length, cache.length + part.shape[1])[None], plain=True)
+            cache.place(part.shape[1])
             out.append(mixer(part, cache=cache[0], positions=cache.positions[:, -part.shape[1] :]))
         assert_close(torch.cat(out, dim=1), whole, atol=1e-6, rtol=1e-5)
 
@@ -352,6 +352,13 @@ def test_a_scheme_that_biases_the_scores_works_with_and_without_a_cache():
     assert_close(whole, mixer.out(merge_heads(oracle(q, k, v, bias=bias, is_causal=True).float())), atol=1e-6, rtol=1e-5)
     cache, steps = KVCache(1), []
     for i in range(5):
-        cache.place(at[:, i : i + 1], plain=True)
+        cache.place(1)
         steps.append(mixer(x[:, i : i + 1], positions=at[:, i : i + 1], cache=cache[0]))
     assert_close(torch.cat(steps, dim=1), whole, atol=1e-6, rtol=1e-5)
+
+
+def test_a_scheme_that_biases_the_scores_works_behind_a_cache_that_no_model_places():
+    mixer = randomised(MultiHeadAttention(8, 2, positions=Slopes()))
+    x, cache = randn(1, 5, 8), KVCache(1)
+    steps = [mixer(part, cache=cache[0]) for part in x.split([3, 1, 1], dim=1)]
+    assert_close(torch.cat(steps, dim=1), mixer(x), atol=1e-6, rtol=1e-5)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llm_atlas.nn.cache import KVCache
+from llm_atlas.nn.cache import KVCache, LayerCache
 
 LAYERS = 2
 HEADS, K_DIM, V_DIM = 2, 3, 1
@@ -28,7 +28,7 @@ class CacheMachine(RuleBasedStateMachine):
             row.extend(range(self.next, self.next + new))
             self.next += new
         numbers = torch.tensor([row[-new:] for row in self.rows], dtype=torch.float32)
-        self.cache.place(numbers.long(), plain=False)
+        self.cache.place(new, numbers.long())
         for layer in range(LAYERS):
             content = (numbers + 0.5 * layer)[:, None, :, None]
             self.cache[layer].append(
@@ -81,7 +81,7 @@ TestCache.settings = settings(max_examples=30, stateful_step_count=12, deadline=
 
 
 def fill(cache: KVCache, new: int, rows: int = 1) -> None:
-    cache.place(torch.arange(cache.length, cache.length + new)[None], plain=True)
+    cache.place(new)
     for layer in range(len(cache)):
         cache[layer].append(torch.ones(rows, 2, new, 3), torch.ones(rows, 2, new, 3))
 
@@ -118,7 +118,7 @@ def test_plain_until_something_else_is_placed():
     fill(cache, 2)
     assert cache.plain
     assert cache.fork().plain
-    cache.place(torch.tensor([[7]]), plain=False)
+    cache.place(1, torch.tensor([[7]]))
     assert not cache.plain
 
 
@@ -126,5 +126,86 @@ def test_plain_until_something_else_is_placed():
 def test_one_row_of_positions_serves_all_rows(rows):
     cache = KVCache(1)
     fill(cache, 2, rows=rows)
-    cache.place(torch.tensor([[2]] * 3), plain=False)
+    cache.place(1, torch.tensor([[2]] * 3))
     assert cache.positions.tolist() == [[0, 1, 2]] * 3
+
+
+def test_rows_behind_padding_count_on_from_their_own_last_token():
+    cache = KVCache(1)
+    assert cache.place(3, torch.tensor([[-1, 0, 1], [0, 1, 2]])).tolist() == [[-1, 0, 1], [0, 1, 2]]
+    assert cache.place(2).tolist() == [[2, 3], [3, 4]]
+    assert cache.positions.tolist() == [[-1, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert not cache.plain
+
+
+def test_what_was_placed_out_of_order_and_is_cut_off_leaves_a_plain_cache():
+    cache = KVCache(1)
+    fill(cache, 3)
+    cache.place(2, torch.tensor([[3, 3]]))  # two candidates for one position, as in a tree of drafts
+    assert not cache.plain
+    cache.truncate(4)
+    assert not cache.plain
+    cache.truncate(3)
+    assert cache.plain
+    assert cache.place(1).tolist() == [[3]]
+
+
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_a_mixer_may_keep_any_number_of_tensors(tensors):
+    cache = KVCache(1)
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 1 + i, 5, 3 - i, generator=generator) for i in range(tensors)]
+    cache[0].append(*(part[:, :, :4] for part in parts))
+    for kept, part in zip(cache[0].append(*(part[:, :, 4:] for part in parts)), parts, strict=True):
+        assert torch.equal(kept, part)
+    with pytest.raises(ValueError, match=f"holds {tensors} tensors a slot, the new tokens have {tensors + 1}"):
+        cache[0].append(*parts, parts[0])
+
+
+def test_a_state_is_replaced_selected_and_forked_but_never_cut():
+    cache = KVCache(1)
+    cache[0].keep(5, torch.tensor([[1.0], [2.0]]))
+    twin = cache.fork()
+    cache[0].keep(1, torch.tensor([[3.0], [4.0]]))
+    twin[0].select(torch.tensor([1, 1, 0]))
+    assert twin[0].state[0].tolist() == [[2.0], [2.0], [1.0]]
+    assert twin[0].length == 5
+    assert cache[0].state[0].tolist() == [[3.0], [4.0]]
+    assert cache[0].nbytes == 8
+    with pytest.raises(ValueError, match="to 3: a recurrent state of 6 tokens cannot go back"):
+        cache[0].truncate(3)
+    cache[0].truncate(0)
+    assert cache[0].state is None
+
+
+def test_a_refused_truncate_leaves_every_layer_as_it_was():
+    cache = KVCache(2)
+    cache.place(3)
+    cache[0].append(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2))
+    cache[1].keep(3, torch.ones(1, 2))
+    with pytest.raises(ValueError, match="to 2: a recurrent state of 3 tokens cannot go back"):
+        cache.truncate(2)
+    assert (cache.length, cache[0].length, cache[1].length) == (3, 3, 3)
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it():
+    cache = KVCache(1, capacity=4)
+    with torch.inference_mode():
+        fill(cache, 2)
+    fill(cache, 2)
+    assert cache[0].read()[0].shape[2] == 4
+
+
+def test_a_fork_is_of_the_same_kind():
+    class Kind(LayerCache):
+        pass
+
+    assert isinstance(KVCache(2, layer=Kind).fork()[1], Kind)
+
+
+def test_select_reaches_a_cache_that_no_model_places():
+    cache = KVCache(1)  # as of an encoder's keys, or of one mixer alone
+    content = torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 1)
+    cache[0].append(content, content)
+    cache.select([2, 0])
+    assert cache[0].read()[0][:, 0, 0, 0].tolist() == [2.0, 0.0]

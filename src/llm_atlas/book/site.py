@@ -47,8 +47,9 @@ class ExploreRenderer(MimeRenderPlugin):
         if inline or data.mime_type != MIME:
             return None
         spec = {**dict(data.content), **data.output_metadata.get(MIME, {})}
-        if "frames" not in spec:
+        if "data" not in spec:
             raise ValueError(f"cell {data.cell_index} of {renderer.source}: an explorable without its frames")
+        spec |= json.loads(spec.pop("data"))
         before, after = figure_html(spec)
         figure = nodes.container(classes=[f"{_CLASS}-output"], atlas_alt=spec["alt"])
         figure += [nodes.raw("", before, format="html"), nodes.raw("", after, format="html")]

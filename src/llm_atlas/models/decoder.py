@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.positions = embedded_positions(config)
-        rotary = rotary_positions(config)  # one table, shared by all layers
+        rotary = self.rotary = rotary_positions(config)  # one table, shared by all layers
         norm = partial({"layer": LayerNorm, "rms": RMSNorm}[config.norm], config.dim, eps=config.norm_eps)
         self.blocks = nn.ModuleList(self._block(norm, rotary) for _ in range(config.layers))
         # A post-norm stack already ends in a norm.
@@ -103,22 +103,39 @@ class Decoder(nn.Module):
         Without `positions` the tokens follow on from what the cache holds. With them (`nn.masks.left_pad` makes them)
         rows may be of different length; padding has position -1. `mask` replaces the causal mask.
         """
-        past = 0 if cache is None else cache.length
-        self._check(ids, positions, past)
-        if past and cache.rows != ids.shape[0]:
-            raise ValueError(f"the cache holds {cache.rows} rows, the new ids have {ids.shape[0]}")
+        self._check(ids)
+        return self.mix(self.embed(ids), positions=positions, mask=mask, cache=cache)
+
+    def mix(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        *,
+        positions: Int[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch2 heads2 seq keys"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """`hidden` from embeddings: what comes in need not be tokens (soft prompts, patches of an image)."""
+        (rows, new), past = x.shape[:2], 0 if cache is None else cache.length
+        if positions is not None and positions.shape != (rows, new):
+            raise ValueError(
+                f"positions have shape {tuple(positions.shape)}, the tokens have {(rows, new)}: they must be equal"
+            )
+        if past + new > self.config.context:
+            raise ValueError(f"{past + new} tokens do not fit the context of {self.config.context}")
+        if past and cache.rows != rows:
+            raise ValueError(f"the cache holds {cache.rows} rows, the new ids have {rows}")
         plain = positions is None
-        if plain and (cache is None or cache.plain):
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        if cache is not None:
+            positions = cache.place(new, positions, device=x.device)
+            plain = cache.plain
         elif plain:
-            # Behind padding, every row counts on from its own last position.
-            positions = cache.positions[:, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
-        key_positions = positions if cache is None else cache.place(positions, plain=plain)
-        if mask is None and not (plain if cache is None else cache.plain):
-            mask = visible(positions, key_positions)
-        x = self.positions.embed(self.embed(ids), positions)
-        for index, block in enumerate(self.blocks):
-            x = block(x, positions=positions, mask=mask, cache=None if cache is None else cache[index])
+            positions = torch.arange(new, device=x.device)[None]
+        if mask is None and not plain:
+            mask = visible(positions, positions if cache is None else cache.positions)
+        x = self.positions.embed(x, positions)
+        with self.rotary.reused(positions, x.dtype):
+            for index, block in enumerate(self.blocks):
+                x = block(x, positions=positions, mask=mask, cache=None if cache is None else cache[index])
         return self.norm(x)
 
     def unembed(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
@@ -140,15 +157,11 @@ class Decoder(nn.Module):
         """An empty cache that fits this model."""
         return KVCache(self.config.layers, capacity=capacity)
 
-    def _check(self, ids: Tensor, positions: Tensor | None, past: int) -> None:
+    def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids must have shape (batch, seq) with both at least 1, got {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
-        if positions is not None and positions.shape != ids.shape:
-            raise ValueError(f"positions have shape {tuple(positions.shape)}, ids have {tuple(ids.shape)}: they must be equal")
-        if past + ids.shape[1] > self.config.context:
-            raise ValueError(f"{past + ids.shape[1]} tokens do not fit the context of {self.config.context}")
         if ids.device != self.embed.weight.device:
             raise ValueError(f"ids are on {ids.device}, the model is on {self.embed.weight.device}")
         if ids.device.type == "cpu":  # elsewhere reading values back would make the device wait

@@ -225,9 +225,13 @@ class MultiHeadAttention(nn.Module):
             k, v = self.k_norm(split_heads(self.k(context), self.kv_heads)), split_heads(self.v(context), self.kv_heads)
             if cache is not None:
                 k, v = cache.append(k, v)
-        key_positions = positions if cache is None or cache.positions is None else cache.positions
-        bias = None if context is not None else self.positions.bias(positions, key_positions)
         queries, keys = q.shape[-2], k.shape[-2]
+        bias = None
+        if context is None:
+            key_positions = positions if cache is None else cache.positions
+            if key_positions is None:  # this module is used alone: no model has placed the slots
+                key_positions = torch.arange(keys, device=x.device)[None]
+            bias = self.positions.bias(positions, key_positions)
         is_causal = self.causal and context is None and mask is None and queries > 1
         if is_causal and keys != queries:
             mask, is_causal = causal_mask(queries, keys, device=x.device), False

@@ -4,7 +4,8 @@ A model's cache is a list of layer caches and, once for all of them, the positio
 Positions are what masks are made of (`nn.masks.visible`), so rows of different length need no other bookkeeping.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +13,16 @@ from torch import Tensor
 
 
 class LayerCache:
-    """One layer's part of a `KVCache`: two growing tensors (keys and values, or whatever the mixer keeps)."""
+    """One layer's part of a `KVCache`: what its mixer keeps of the past.
+
+    Either tensors with a slot for every token (`append`: keys and values, or latents), or tensors of fixed size that
+    sum up all tokens (`keep`: the state of a recurrent mixer), or both. Other caches override these methods.
+    """
 
     def __init__(self, owner: "KVCache") -> None:
         self._owner = owner
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, ...] | None = None
+        self.state: tuple[Tensor, ...] | None = None
         self.length = 0
 
     @property
@@ -26,68 +32,98 @@ class LayerCache:
 
     @property
     def rows(self) -> int:
-        """Rows of the batch; 0 before the first append."""
-        return 0 if self._buffers is None else self._buffers[0].shape[0]
+        """Rows of the batch; 0 when nothing is kept."""
+        kept = self.state or self._buffers
+        return kept[0].shape[0] if self.length else 0
 
     def append(
-        self, k: Float[Tensor, "batch heads new dim"], v: Float[Tensor, "batch heads2 new value_dim"]
-    ) -> tuple[Float[Tensor, "batch heads length dim"], Float[Tensor, "batch heads2 length value_dim"]]:
-        """Keep the new slots behind the old ones and return all of them, views without a copy."""
-        end = self.length + k.shape[-2]
-        self._reserve(k, v, end)
-        for buffer, new in zip(self._buffers, (k, v), strict=True):
-            buffer[:, :, self.length : end] = new
+        self, *new: Float[Tensor, "batch _heads new _dim"]
+    ) -> tuple[Float[Tensor, "batch _heads _length _dim"], ...]:
+        """Keep the new slots behind the old ones and return all of them, views without a copy.
+
+        Keys and values, or as many tensors as the mixer likes (latent attention keeps one); heads and features may
+        differ between them, batch and new tokens may not.
+        """
+        end = self.length + new[0].shape[-2]
+        self._reserve(new, end)
+        for buffer, tensor in zip(self._buffers, new, strict=True):
+            buffer[:, :, self.length : end] = tensor
         self.length = end
         return self.read()
 
-    def read(self) -> tuple[Float[Tensor, "batch heads length dim"], Float[Tensor, "batch heads2 length value_dim"]]:
+    def read(self) -> tuple[Float[Tensor, "batch _heads _length _dim"], ...]:
         """All that is kept, views without a copy."""
         if self._buffers is None:
             raise ValueError("the cache is empty: append before read")
-        first, second = self._buffers
-        return first[:, :, : self.length], second[:, :, : self.length]
+        return tuple([buffer[:, :, : self.length] for buffer in self._buffers])
+
+    def keep(self, new: int, *state: Tensor) -> None:
+        """Put `state` (tensors with the batch first) in the place of the old one: it now covers `new` more tokens."""
+        self.state = state
+        self.length += new
 
     def truncate(self, length: int) -> None:
-        """Forget the slots from `length` on."""
+        """Forget the slots from `length` on. A state cannot go back: fork before what you may want to undo."""
+        self.check_cut(length)
+        if length == 0:
+            self.state = None
+        self.length = length
+
+    def check_cut(self, length: int) -> None:
+        """Raise ValueError where `truncate(length)` would."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} slots")
-        self.length = length
+        if self.state is not None and 0 < length < self.length:
+            raise ValueError(
+                f"cannot truncate to {length}: a recurrent state of {self.length} tokens cannot go back; fork it first"
+            )
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep these rows of the batch, in this order; a row may be taken more than once."""
         if self._buffers is not None:
-            self._buffers = tuple(buffer[rows] for buffer in self._buffers)
+            self._buffers = tuple(buffer[rows.to(buffer.device)] for buffer in self._buffers)
+        if self.state is not None:
+            self.state = tuple(tensor[rows.to(tensor.device)] for tensor in self.state)
 
     def fork(self, owner: "KVCache") -> "LayerCache":
         """A copy that can go its own way."""
-        twin = LayerCache(owner)
-        twin.length = self.length
+        twin = copy.copy(self)  # keeps the kind, and a state, which is replaced and never written into
+        twin._owner = owner
         twin._buffers = None if self._buffers is None else tuple(buffer.clone() for buffer in self._buffers)
         return twin
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slots in use, keys and values together (room that is only reserved is not counted)."""
-        return 0 if self._buffers is None else sum(t.numel() * t.element_size() for t in self.read())
+        kept = (() if self._buffers is None else self.read()) + (self.state or ())
+        return sum(t.numel() * t.element_size() for t in kept)
 
-    def _reserve(self, k: Tensor, v: Tensor, end: int) -> None:
-        misfit = None if self._buffers is None else _misfit(self._buffers, (k, v))
+    def _reserve(self, new: tuple[Tensor, ...], end: int) -> None:
+        misfit = None if self._buffers is None else _misfit(self._buffers, new)
         if misfit and self.length:
             raise ValueError(misfit)
         if misfit or self._buffers is None:  # an empty cache takes whatever comes first
             room = max(end, self._owner.capacity)
-            self._buffers = tuple(t.new_empty(*t.shape[:2], room, t.shape[-1]) for t in (k, v))
+            self._buffers = _empty(new, room)
         elif end > self._buffers[0].shape[2]:  # double, so that growing one token at a time copies O(length) in all
             room = max(end, 2 * self._buffers[0].shape[2])
-            grown = tuple(t.new_empty(*t.shape[:2], room, t.shape[-1]) for t in self._buffers)
-            for new, old in zip(grown, self._buffers, strict=True):
-                new[:, :, : self.length] = old[:, :, : self.length]
+            grown = _empty(self._buffers, room)
+            for big, old in zip(grown, self._buffers, strict=True):
+                big[:, :, : self.length] = old[:, :, : self.length]
             self._buffers = grown
 
 
-def _misfit(kept: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> str | None:
-    """Why the new keys and values cannot stand behind the kept ones, or None."""
-    for name, old, t in zip(("keys", "values"), kept, new, strict=True):
+@torch.inference_mode(False)
+def _empty(like: tuple[Tensor, ...], room: int) -> tuple[Tensor, ...]:
+    """Buffers of `room` slots. Made in inference mode they could not be written to outside of it later."""
+    return tuple(t.new_empty(*t.shape[:2], room, t.shape[-1]) for t in like)
+
+
+def _misfit(kept: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> str | None:
+    """Why the new tensors (keys and values, mostly) cannot stand behind the kept ones, or None."""
+    if len(kept) != len(new):
+        return f"the cache holds {len(kept)} tensors a slot, the new tokens have {len(new)}"
+    for name, old, t in zip(("keys", "values", *range(2, len(new))), kept, new, strict=False):
         if old.shape[0] != t.shape[0]:
             return f"the cache holds {old.shape[0]} rows, the new {name} have {t.shape[0]}"
         if (old.shape[1], old.shape[3]) != (t.shape[1], t.shape[3]):
@@ -101,16 +137,20 @@ class KVCache:
     r"""Contiguous cache of a whole model, grown as needed; reserve `capacity` slots when you know the length.
 
     Bytes: $2 \cdot \text{layers} \cdot \text{kv heads} \cdot \text{head dim} \cdot \text{bytes per number}$ a token and row.
-    Use: `cache = KVCache(layers)`, then pass it to every call of the model. Shazeer 2019, section 2.4 (arXiv 1911.02150).
+    Use: `cache = KVCache(layers)`, then pass it to every call of the model. `layer` makes one layer's part: another
+    kind of cache is another `LayerCache`, and where its slots stand differently another `place`.
+    Shazeer 2019, section 2.4 (arXiv 1911.02150).
     """
 
-    def __init__(self, layers: int, *, capacity: int = 0) -> None:
+    def __init__(
+        self, layers: int, *, capacity: int = 0, layer: Callable[["KVCache"], LayerCache] = LayerCache
+    ) -> None:
         if layers < 1 or capacity < 0:
             raise ValueError(f"layers {layers} must be at least 1 and capacity {capacity} not negative")
         self.capacity = capacity
         self.positions: Int[Tensor, "batch length"] | None = None
-        self.plain = True  # every row holds positions 0, 1, 2, ... and no padding: no mask is needed
-        self._layers = [LayerCache(self) for _ in range(layers)]
+        self._in_order = 0  # so many slots from the first hold positions 0, 1, 2, ... in every row
+        self._layers = [layer(self) for _ in range(layers)]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -120,44 +160,64 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Slots in use."""
+        """Slots in use (of the longest row)."""
         return 0 if self.positions is None else self.positions.shape[1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row holds positions 0, 1, 2, ... and no padding: then no mask is needed."""
+        return self._in_order == self.length
 
     @property
     def rows(self) -> int:
         """Rows of the batch that it holds; 0 before the first tokens."""
-        return max(layer.rows for layer in self._layers) if self.length else 0
+        return max(layer.rows for layer in self._layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers' slots in use."""
         return sum(layer.nbytes for layer in self._layers)
 
-    def place(self, positions: Int[Tensor, "batch new"], *, plain: bool) -> Int[Tensor, "batch length"]:
-        """Say where the next tokens stand, before the layers append them. Returns the positions of all slots.
+    def place(
+        self,
+        new: int,
+        positions: Int[Tensor, "batch {new}"] | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Int[Tensor, "batch {new}"]:
+        """Make `new` slots in every row, before the layers append to them, and say where their tokens stand.
 
-        `plain` says that they simply follow on, in every row, as they do without padding.
+        Without `positions` each row counts on from its own last token; with them padding has position -1. Shape
+        (batch or 1, new); `self.positions` then has all slots, these included.
         """
+        plain = positions is None and self.plain
+        if plain:
+            positions = torch.arange(self.length, self.length + new, device=device)[None]
+        elif positions is None:  # behind padding
+            positions = self.positions[:, -1:] + 1 + torch.arange(new, device=self.positions.device)
+        placed = positions
         if self.positions is not None and self.positions.shape[0] != positions.shape[0]:
             rows = max(self.positions.shape[0], positions.shape[0])
-            self.positions, positions = self.positions.expand(rows, -1), positions.expand(rows, -1)
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
-        self.plain = self.plain and plain
-        return self.positions
+            self.positions, placed = self.positions.expand(rows, -1), positions.expand(rows, -1)
+        self.positions = placed if self.positions is None else torch.cat([self.positions, placed], dim=1)
+        self._in_order += new if plain else 0
+        return positions
 
     def truncate(self, length: int) -> None:
         """Forget the slots from `length` on, in every layer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate to {length}: the cache holds {self.length} slots")
+        for layer in self._layers:  # all of them before any is changed
+            layer.check_cut(min(length, layer.length))
         if self.positions is not None:
             self.positions = self.positions[:, :length] if length else None
-            self.plain = self.plain or length == 0
+            self._in_order = min(self._in_order, length)
         for layer in self._layers:
             layer.truncate(min(length, layer.length))
 
     def select(self, rows: Int[Tensor, " rows"] | Sequence[int]) -> None:
         """Keep these rows of the batch, in this order; a row may be taken more than once (beams)."""
-        if self.positions is None:
+        if not self.rows:
             return  # nothing is kept yet
         rows = torch.as_tensor(rows)
         if rows.dim() != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
@@ -166,15 +226,13 @@ class KVCache:
             wrong = [row for row in rows.tolist() if not 0 <= row < self.rows]
             if wrong:
                 raise ValueError(f"row {wrong[0]} is not one of the {self.rows} rows of the cache")
-        rows = rows.to(self.positions.device)
-        if self.positions.shape[0] > 1:
-            self.positions = self.positions[rows]
+        if self.positions is not None and self.positions.shape[0] > 1:
+            self.positions = self.positions[rows.to(self.positions.device)]
         for layer in self._layers:
             layer.select(rows)
 
     def fork(self) -> "KVCache":
         """A copy that can go its own way: both may append from here."""
-        twin = KVCache(len(self), capacity=self.capacity)
-        twin.positions, twin.plain = self.positions, self.plain
+        twin = copy.copy(self)
         twin._layers = [layer.fork(twin) for layer in self._layers]
         return twin

@@ -42,7 +42,11 @@ def rms_norm(
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization with learnt scale and shift; see `layer_norm`. Equal to `torch.nn.LayerNorm`."""
+    r"""`layer_norm` with a learnt scale $\gamma$ (`weight`, starts at 1) and shift $\beta$ (`bias`, at 0; optional).
+
+    Two numbers a feature. Equal to `torch.nn.LayerNorm`. Raises ValueError where the last axis is not `dim`.
+    Ba et al. 2016, section 3 (arXiv 1607.06450).
+    """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
@@ -59,7 +63,11 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization with a learnt scale; see `rms_norm`. Equal to `torch.nn.RMSNorm`."""
+    r"""`rms_norm` with a learnt scale $\gamma$ (`weight`, starts at 1). One number a feature.
+
+    Equal to `torch.nn.RMSNorm`. Raises ValueError where the last axis is not `dim`.
+    Zhang and Sennrich 2019, section 4 (arXiv 1910.07467).
+    """
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()

@@ -8,6 +8,9 @@
 Positions are integers, shape (batch or 1, seq); padding has position -1 and may get any finite value.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -33,6 +36,11 @@ class PositionScheme(nn.Module):
     ) -> Float[Tensor, "batch3 heads queries keys"] | None:
         """What is added to the attention logits, or None."""
         return None
+
+    @contextmanager
+    def reused(self, positions: Int[Tensor, "batch seq"], dtype: torch.dtype) -> Iterator[None]:
+        """Within the context, what `rotate` needs of these positions is looked up once for all layers."""
+        yield
 
     def rebuild(self, device: torch.device | str) -> None:
         """Make again, on `device`, what is computed and not learnt (for a model that was made without memory)."""
@@ -101,6 +109,7 @@ class RotaryPositions(PositionScheme):
         _check_even(dim)
         _check_length(length)
         self.dim, self.base, self.length = dim, base, length
+        self._ready: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self.register_buffer("table", None, persistent=False)
         self.rebuild(torch.get_default_device())
 
@@ -121,10 +130,26 @@ class RotaryPositions(PositionScheme):
     ) -> Float[Tensor, "batch heads seq dim"]:
         """Turn each pair; the length of every vector stays as it was."""
         _check_features(x, self.dim)
+        ready = self._ready
+        known = ready is not None and ready[0] is positions and ready[1][0].dtype == x.dtype
+        cos, sin = ready[1] if known else self._look_up(positions, x.dtype)
+        # (first, second) * cos + (second, first) * (-sin, sin)
+        return torch.addcmul(x * cos, x.roll(self.dim // 2, -1), sin)
+
+    @contextmanager
+    def reused(self, positions: Int[Tensor, "batch seq"], dtype: torch.dtype) -> Iterator[None]:
+        """Within the context, the cosines and sines of these positions are looked up once for all layers."""
+        self._ready = positions, self._look_up(positions, dtype)
+        try:
+            yield
+        finally:
+            self._ready = None
+
+    def _look_up(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, cos) and (-sin, sin) of each position's angles, shape (batch, 1, seq, dim)."""
         _check_reach(positions, self.table.shape[0])
-        cos, sin = self.table[positions.clamp(min=0)].to(x.dtype)[:, None].unbind(-2)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        cos, sin = self.table[positions.clamp(min=0)].to(dtype)[:, None].unbind(-2)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def _frequencies(dim: int, base: float, device: torch.device | str | None) -> Float[Tensor, " half"]:
