@@ -65,11 +65,11 @@ def test_every_claim_can_hold_and_fail(row) -> None:
 def test_the_verdict_reads_as_a_whole() -> None:
     assert repr(claim("ffn-4x", 1536 / 576)) == (
         "ffn-4x: partly\n"
-        "  claimed   about 4×: The feed-forward layer expands the width about four times before projecting"
-        " back.\n"
+        "  claimed   about 4×: The feed-forward layer expands the width about four times\n"
+        "            before projecting back.\n"
         "  measured  2.667 × the model width, on SmolLM2-135M-Instruct\n"
-        "  because   the hidden layer is wider than the model, though not four times: a gated layer of"
-        " 8/3 has as many weights as a plain one of 4"
+        "  because   the hidden layer is wider than the model, though not four times: a\n"
+        "            gated layer of 8/3 has as many weights as a plain one of 4"
     )
     assert ", on a toy\n" in repr(claim("ffn-4x", 4, on="a toy"))
 

@@ -7,6 +7,7 @@ measurement. Not reproducing a claim is a result, so each verdict has its reason
 
 import difflib
 import math
+import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,13 +77,14 @@ class ClaimVerdict:
         return f"{_rounded(self.value, self.claim.digits)} {self.claim.unit}".strip()
 
     def __repr__(self) -> str:
-        lines = [
-            f"{self.claim.id}: {self.outcome}",
-            f"  claimed   {self.claim.figure}: {self.claim.statement}",
-            f"  measured  {self.measured}" + (f", on {self.on}" if self.on else ""),
-        ]
-        if self.reason:
-            lines.append(f"  because   {self.reason}")
+        lines = [f"{self.claim.id}: {self.outcome}"]
+        for what, text in (
+            ("claimed", f"{self.claim.figure}: {self.claim.statement}"),
+            ("measured", self.measured + (f", on {self.on}" if self.on else "")),
+            ("because", self.reason),
+        ):
+            if text:
+                lines.append(textwrap.fill(text, 80, initial_indent=f"  {what:10}", subsequent_indent=" " * 12))
         return "\n".join(lines)
 
 

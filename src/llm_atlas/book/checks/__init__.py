@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import math
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,7 +43,13 @@ class Verdict:
         return self.state == "right"
 
     def __repr__(self) -> str:
-        return f"{_MARKS[self.state]} {self.concept}: {self.state}\n{self.message}"
+        lines = [line for text in self.message.split("\n") for line in _wrapped(text)]
+        return "\n".join([f"{_MARKS[self.state]} {self.concept}: {self.state}", *lines])
+
+
+def _wrapped(text: str) -> list[str]:
+    """A sentence in lines of a page's width; a line of a counterexample, which is indented, as it is."""
+    return [text] if text.startswith(" ") else textwrap.wrap(text, 80) or [""]
 
 
 class _Wrong(Exception):
