@@ -10,7 +10,7 @@ from torch import nn
 
 from llm_atlas import recipes
 from llm_atlas.core.seeds import generator
-from llm_atlas.recipes import FIELDS, environment, initialize, load_results, sweep, write_json
+from llm_atlas.recipes import FIELDS, environment, initialize, load_results, one_thread, sweep, write_json
 
 POINTS = [{"kind": kind, "seed": seed} for seed in (0, 1) for kind in ("a", "b")]
 
@@ -140,7 +140,7 @@ def test_weights_are_drawn_by_the_generator_alone():
 def test_the_environment_names_the_hardware(monkeypatch):
     monkeypatch.setattr(recipes.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(recipes.platform, "machine", lambda: "x86_64")
-    assert environment("number-words")["hardware"] == "2-core x86-64 CPU"
+    assert environment("number-words")["hardware"] == "2-core x86-64 CPU, one thread"
 
 
 @pytest.mark.parametrize("name", ["learning-rates", "depth"])
@@ -162,3 +162,18 @@ def test_a_result_that_is_not_there():
         load_results("none")
     with pytest.raises(ValueError, match="must lie inside"):
         load_results("../../pyproject")
+
+
+def test_one_thread_within_and_as_many_as_before_afterwards():
+    @one_thread()
+    def fail_on(threads):
+        raise KeyError(f"{torch.get_num_threads()} of {threads}")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyError, match="1 of 2"):
+            fail_on(torch.get_num_threads())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def environment(recipe: str) -> dict[str, Any]:
     machine = {"x86_64": "x86-64", "AMD64": "x86-64"}.get(platform.machine(), platform.machine())
     return {
         "command": f"python -m llm_atlas.recipes.{recipe.replace('-', '_')}",
-        "hardware": f"{os.cpu_count()}-core {machine} CPU",
+        "hardware": f"{os.cpu_count()}-core {machine} CPU, one thread",
         "versions": {"python": platform.python_version(), "torch": metadata.version("torch")},
     }
 
@@ -123,6 +123,20 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it, or within a function it decorates, PyTorch computes on one thread of the CPU.
+
+    Models this small gain nothing from more, and sums come out in one order whatever the number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

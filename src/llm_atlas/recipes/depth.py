@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llm_atlas.core.seeds import generator
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.nn.block import Residual
-from llm_atlas.recipes import initialize, sweep
+from llm_atlas.recipes import initialize, one_thread, sweep
 from llm_atlas.recipes.learning_rates import measure, next_byte_loss, unigram_loss
 from llm_atlas.text.corpora import BYTES, byte_ids, king_james, random_windows, split_held_out
 from llm_atlas.train.loop import fit
@@ -104,6 +104,7 @@ def batches(ids: Int[Tensor, " bytes"], seed: int) -> Iterator[Int[Tensor, "batc
         yield random_windows(ids, batch=BATCH, length=LENGTH + 1, generator=rng)
 
 
+@one_thread()
 def run(
     depth: int,
     residual: bool,

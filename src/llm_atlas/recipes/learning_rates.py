@@ -26,7 +26,7 @@ from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.inspect import hooked, mixer
 from llm_atlas.nn.attention import attention_weights
 from llm_atlas.nn.masks import causal_mask
-from llm_atlas.recipes import initialize, sweep
+from llm_atlas.recipes import initialize, one_thread, sweep
 from llm_atlas.text.corpora import BYTES, byte_ids, king_james, random_windows, split_held_out
 from llm_atlas.train.loop import Row, fit
 
@@ -121,6 +121,7 @@ def unigram_loss(ids: Int[Tensor, " bytes"]) -> float:
     return float(torch.special.entr(share).sum())
 
 
+@one_thread()
 def run(
     variant: str, lr: float, seed: int, *, steps: int = STEPS, ids: Int[Tensor, " bytes"] | None = None
 ) -> dict[str, Any]:

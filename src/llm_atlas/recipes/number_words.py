@@ -37,7 +37,7 @@ from llm_atlas.nn.feedforward import FeedForward
 from llm_atlas.nn.masks import PAD, padding_mask
 from llm_atlas.nn.norm import LayerNorm
 from llm_atlas.nn.positions import SinusoidalPositions
-from llm_atlas.recipes import environment, initialize, write_json
+from llm_atlas.recipes import environment, initialize, one_thread, write_json
 from llm_atlas.train.loop import Row, fit
 
 NAME = "number-words"
@@ -347,6 +347,7 @@ def held_out_numbers(count: int, seed: int = 12345) -> list[int]:
     return list(found)
 
 
+@one_thread()
 def train(
     *,
     steps: int = 3000,
