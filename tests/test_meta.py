@@ -48,7 +48,9 @@ def on_meta(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         return make().to("meta")
 
 
-CONFIG = decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=4, kv_heads=2, hidden=12, context=16, qk_norm=True)
+CONFIG = decoder.DecoderConfig(
+    vocab=11, dim=8, layers=2, heads=4, kv_heads=2, hidden=12, context=16, qk_norm=True
+)
 CONFIGS = [
     CONFIG,
     decoder.DecoderConfig(
@@ -93,7 +95,9 @@ def attentions() -> None:
 
 def mixers() -> None:
     for make in (
-        lambda: attention.MultiHeadAttention(8, 4, kv_heads=2, qk_norm=True, positions=positions.RotaryPositions(2)),
+        lambda: attention.MultiHeadAttention(
+            8, 4, kv_heads=2, qk_norm=True, positions=positions.RotaryPositions(2)
+        ),
         lambda: attention.MultiHeadAttention(8, 4, causal=False, bias=True),
     ):
         mixer, kept = on_meta(make), cache.KVCache(1)
@@ -121,12 +125,18 @@ def blocks() -> None:
             cross=attention.MultiHeadAttention(8, 2, context_dim=6),
         )
 
-    on_meta(make)(x(2, 5, 8), context=x(2, 3, 6), context_mask=torch.ones(2, 1, 1, 3, dtype=torch.bool, device="meta"))
+    on_meta(make)(
+        x(2, 5, 8), context=x(2, 3, 6), context_mask=torch.ones(2, 1, 1, 3, dtype=torch.bool, device="meta")
+    )
 
 
 def watched() -> None:
     made = model()
-    with look.hooked([(made.norm, lambda *_: None)]), look.ablate_heads(made, [(0, 1)]), look.ablate(look.mixer(made, 1)):
+    with (
+        look.hooked([(made.norm, lambda *_: None)]),
+        look.ablate_heads(made, [(0, 1)]),
+        look.ablate(look.mixer(made, 1)),
+    ):
         look.logit_lens(made, look.residual_stream(made, at(2, 5)))
     for score in (look.first_token_score, look.previous_token_score, look.self_score):
         score(x(2, 5, 5))
@@ -161,7 +171,9 @@ RUNS: dict[object, Callable[[], object]] = {
     activations.relu: lambda: activations.relu(x(3)),
     activations.gelu: lambda: (activations.gelu(x(3)), activations.gelu(x(3), approximate="tanh")),
     activations.silu: lambda: activations.silu(x(3)),
-    activations.find_activation: lambda: [activations.find_activation(n)(x(3)) for n in activations.ACTIVATIONS],
+    activations.find_activation: lambda: [
+        activations.find_activation(n)(x(3)) for n in activations.ACTIVATIONS
+    ],
     attention.attention_weights: lambda: attention.attention_weights(x(2, 5, 8), x(2, 5, 8), is_causal=True),
     attention.scaled_dot_product_attention: attentions,
     attention.fused_attention: attentions,
@@ -232,7 +244,9 @@ def public() -> dict[str, object]:
             for name, thing in vars(module).items():
                 if name.startswith("_") or getattr(thing, "__module__", None) != info.name:
                     continue
-                if name == getattr(thing, "__name__", None) and (inspect.isfunction(thing) or inspect.isclass(thing)):
+                if name == getattr(thing, "__name__", None) and (
+                    inspect.isfunction(thing) or inspect.isclass(thing)
+                ):
                     found[f"{info.name.removeprefix(package.__name__ + '.')}.{name}"] = thing
     return found
 
@@ -245,7 +259,9 @@ def test_every_public_symbol_has_its_run():
     assert not covered & (NO_TENSORS | set(READS_NUMBERS))
 
 
-@pytest.mark.parametrize("run", {id(run): run for run in RUNS.values()}.values(), ids=lambda run: run.__name__)
+@pytest.mark.parametrize(
+    "run", {id(run): run for run in RUNS.values()}.values(), ids=lambda run: run.__name__
+)
 def test_runs_on_meta(run):
     with OnlyMeta():
         run()

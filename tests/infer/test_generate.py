@@ -41,7 +41,12 @@ def test_greedy_is_that_of_transformers():
     longest = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in PROMPTS])
     written = theirs.generate(
-        ids, attention_mask=(ids > 0).long(), max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=(ids > 0).long(),
+        max_new_tokens=30,
+        min_new_tokens=30,
+        do_sample=False,
+        eos_token_id=None,
     )[:, longest:].tolist()
     assert len({*map(tuple, written)}) == 3
     assert len(set(written[0])) > 3  # not one token over and over
@@ -190,7 +195,11 @@ def test_prompts_are_not_changed(model):
         ([[1]], {"temperature": -0.5}, "temperature -0.5 must be finite and not negative"),
         ([[1]], {"temperature": float("nan")}, "temperature nan must be finite"),
         ([[1]], {"temperature": float("inf")}, "temperature inf must be finite"),
-        ([[1] * 40], {"max_new_tokens": 10}, "a past of 0, a prompt of 40 and 10 new tokens do not fit the context of 48"),
+        (
+            [[1] * 40],
+            {"max_new_tokens": 10},
+            "a past of 0, a prompt of 40 and 10 new tokens do not fit the context of 48",
+        ),
         ([[1] * 49], {}, "do not fit the context of 48"),
     ],
 )

@@ -63,7 +63,11 @@ def theirs(family: str):
 def converted(family: str) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
     model, config, _ = theirs(family)
     table = QWEN3 if family.startswith("qwen3") else LLAMA
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight" or "tied" not in family}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight" or "tied" not in family
+    }
     ours = from_llama_config(config.to_dict())
     return ours, rename(state, table, ours.layers)
 
@@ -155,7 +159,9 @@ def test_a_refused_state_changes_nothing():
 
 
 def test_a_name_outside_the_table_is_named():
-    with pytest.raises(ValueError, match=r"^1 weights are not in this family's table, the first is 'model.extra'$"):
+    with pytest.raises(
+        ValueError, match=r"^1 weights are not in this family's table, the first is 'model.extra'$"
+    ):
         rename({"model.extra": torch.zeros(1)}, LLAMA, 2)
 
 
@@ -163,7 +169,10 @@ def test_a_name_outside_the_table_is_named():
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, qwen3"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type 'yarn' is not supported yet"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+            "rope_type 'yarn' is not supported yet",
+        ),
         ({"use_sliding_window": True}, "use_sliding_window is not supported yet"),
     ],
 )
@@ -174,7 +183,7 @@ def test_an_unsupported_configuration_is_refused(change, message):
 
 
 def test_another_gguf_architecture_is_refused():
-    with pytest.raises(ValueError, match="^architecture 'gemma' is not 'llama'$"):
+    with pytest.raises(ValueError, match=r"^architecture 'gemma' is not 'llama'$"):
         from_gguf_metadata({"general.architecture": "gemma"}, tied=True)
 
 
@@ -197,7 +206,11 @@ def test_gguf_names_and_permuted_rows_give_the_same_model():
         "feedforward.sublayer.gate": "ffn_gate", "feedforward.sublayer.up": "ffn_up",
         "feedforward.sublayer.down": "ffn_down",
     }  # fmt: skip
-    file = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight", "output.weight": "head.weight"}
+    file = {
+        "token_embd.weight": "embed.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "head.weight",
+    }
     file |= {f"blk.{i}.{g}.weight": f"blocks.{i}.{o}.weight" for i in range(2) for o, g in names.items()}
     stored = {theirs: weights[ours] for theirs, ours in file.items()}
     for name, tensor in stored.items():

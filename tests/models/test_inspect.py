@@ -51,7 +51,9 @@ def test_maps_times_values_are_the_output_of_every_layer(model):
     maps = attention_maps(model, IDS)
     for layer in range(3):
         attention, seen = mixer(model, layer), {}
-        with hooked([(attention, lambda module, args, kwargs, out, seen=seen: seen.update(x=args[0], out=out))]):
+        with hooked(
+            [(attention, lambda module, args, kwargs, out, seen=seen: seen.update(x=args[0], out=out))]
+        ):
             model(IDS)
         v = split_heads(attention.v(seen["x"]), 2).repeat_interleave(2, dim=1)
         assert_close(attention.out(merge_heads(maps[layer] @ v)), seen["out"], atol=1e-5, rtol=1e-5)
@@ -94,9 +96,14 @@ def test_ablated_sublayers_leave_the_stream_as_it_was(model):
 
 def test_nothing_stays_behind_even_after_an_error(model):
     before = model(IDS)
-    with pytest.raises(RuntimeError, match="on purpose"), ablate_heads(model, [(0, 0)]), ablate(model.blocks[1].mixer.sublayer):
-        assert hooks(model) == 2
-        raise RuntimeError("on purpose")
+
+    def fail():
+        with ablate_heads(model, [(0, 0)]), ablate(model.blocks[1].mixer.sublayer):
+            assert hooks(model) == 2
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     with pytest.raises(ValueError, match="context"):
         attention_maps(model, IDS.repeat(1, 6))
     with pytest.raises(ValueError, match="context"):
@@ -113,7 +120,10 @@ def test_a_hook_that_cannot_be_set_takes_the_others_off(model):
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [([(3, 0)], "layer 3 is not one of the model's 3"), ([(0, 4)], "layer 0 has 4 heads, there is no head 4")],
+    [
+        ([(3, 0)], "layer 3 is not one of the model's 3"),
+        ([(0, 4)], "layer 0 has 4 heads, there is no head 4"),
+    ],
 )
 def test_heads_that_do_not_exist(model, heads, message):
     with pytest.raises(ValueError, match=message), ablate_heads(model, heads):
@@ -128,7 +138,11 @@ def test_scores_of_patterns_written_by_hand():
     previous[range(1, 5), range(4)] = 1
     previous[0, 0] = 1
     maps = torch.stack([first, previous, own])
-    assert first_token_score(maps).tolist() == [1, 0.25, 0]  # the query at 1: its previous token is the first one
+    assert first_token_score(maps).tolist() == [
+        1,
+        0.25,
+        0,
+    ]  # the query at 1: its previous token is the first one
     assert previous_token_score(maps).tolist() == [0, 1, 0]
     assert self_score(maps).tolist() == [0, 0, 1]
 

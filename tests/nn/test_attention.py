@@ -72,10 +72,10 @@ def inputs(shape: str, option: str) -> tuple[tuple[torch.Tensor, ...], dict]:
 
 
 def oracle(q, k, v, *, mask=None, bias=None, is_causal=False, scale=None):
-    """torch's own attention in float64, every head written out; a row that may look nowhere looks everywhere, times 0."""
+    """torch's own attention in float64, every head written out; an empty row looks everywhere, times 0."""
     if q.dim() > 2 and q.shape[-3] > k.shape[-3]:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
-    shape = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]) + (q.shape[-2], k.shape[-2])
+    shape = (*torch.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
     allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
     if is_causal:
         allowed = allowed & torch.ones(shape[-2:], dtype=torch.bool).tril()
@@ -192,7 +192,9 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def torch_twin(ours: MultiHeadAttention, dim: int, context_dim: int | None = None) -> nn.MultiheadAttention:
     bias = ours.q.bias is not None
-    twin = nn.MultiheadAttention(dim, ours.heads, bias=bias, kdim=context_dim, vdim=context_dim, batch_first=True)
+    twin = nn.MultiheadAttention(
+        dim, ours.heads, bias=bias, kdim=context_dim, vdim=context_dim, batch_first=True
+    )
     parts = [ours.q, ours.k, ours.v]
     state = {"out_proj.weight": ours.out.weight}
     if context_dim is None:
@@ -288,7 +290,9 @@ def test_grouped_heads_are_repeated_heads(attend):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_token_by_token_behind_a_cache_is_the_whole(kv_heads):
-    mixer = randomised(MultiHeadAttention(12, 6, kv_heads=kv_heads, head_dim=4, positions=RotaryPositions(4, length=9)))
+    mixer = randomised(
+        MultiHeadAttention(12, 6, kv_heads=kv_heads, head_dim=4, positions=RotaryPositions(4, length=9))
+    )
     x = randn(2, 9, 12)
     whole = mixer(x)
     for chunks in ([1] * 9, [4, 1, 3, 1], [2, 7]):
@@ -349,7 +353,12 @@ def test_a_scheme_that_biases_the_scores_works_with_and_without_a_cache():
     q, k, v = (split_heads(part(x), 2) for part in (mixer.q, mixer.k, mixer.v))
     bias = Slopes().bias(at, at)
     whole = mixer(x)
-    assert_close(whole, mixer.out(merge_heads(oracle(q, k, v, bias=bias, is_causal=True).float())), atol=1e-6, rtol=1e-5)
+    assert_close(
+        whole,
+        mixer.out(merge_heads(oracle(q, k, v, bias=bias, is_causal=True).float())),
+        atol=1e-6,
+        rtol=1e-5,
+    )
     cache, steps = KVCache(1), []
     for i in range(5):
         cache.place(1)

@@ -66,7 +66,10 @@ def test_gradients_of_a_block():
 def test_post_norm_block_is_torch_transformer_encoder_layer():
     theirs = nn.TransformerEncoderLayer(8, 2, 20, dropout=0.0, batch_first=True)
     ours = Block(
-        MultiHeadAttention(8, 2, causal=False, bias=True), FeedForward(8, 20), lambda: LayerNorm(8), placement="post"
+        MultiHeadAttention(8, 2, causal=False, bias=True),
+        FeedForward(8, 20),
+        lambda: LayerNorm(8),
+        placement="post",
     )
     copy_self_attention(ours, theirs)
     ours.feedforward.norm.load_state_dict(theirs.norm2.state_dict())
@@ -86,7 +89,10 @@ def test_block_with_cross_attention_is_torch_transformer_decoder_layer():
     seen = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     causal = nn.Transformer.generate_square_subsequent_mask(5)
     expected = theirs(
-        x, context, tgt_mask=causal, memory_key_padding_mask=torch.zeros(2, 6).masked_fill(~seen, float("-inf"))
+        x,
+        context,
+        tgt_mask=causal,
+        memory_key_padding_mask=torch.zeros(2, 6).masked_fill(~seen, float("-inf")),
     )
     assert_close(ours(x, context=context, context_mask=seen[:, None, None]), expected, atol=1e-6, rtol=1e-5)
 

@@ -158,7 +158,9 @@ def test_a_mixer_may_keep_any_number_of_tensors(tensors):
     cache[0].append(*(part[:, :, :4] for part in parts))
     for kept, part in zip(cache[0].append(*(part[:, :, 4:] for part in parts)), parts, strict=True):
         assert torch.equal(kept, part)
-    with pytest.raises(ValueError, match=f"holds {tensors} tensors a slot, the new tokens have {tensors + 1}"):
+    with pytest.raises(
+        ValueError, match=f"holds {tensors} tensors a slot, the new tokens have {tensors + 1}"
+    ):
         cache[0].append(*parts, parts[0])
 
 

@@ -9,7 +9,12 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward, feed_forward_flops, feed_forward_parameters
+from llm_atlas.nn.feedforward import (
+    FeedForward,
+    GatedFeedForward,
+    feed_forward_flops,
+    feed_forward_parameters,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +68,9 @@ def test_permuted_positions_give_permuted_outputs(order, gated):
 @pytest.mark.parametrize("bias", [False, True])
 def test_counts_are_those_of_the_module(gated, bias):
     layer = (GatedFeedForward if gated else FeedForward)(6, 20, bias=bias)
-    assert feed_forward_parameters(6, 20, gated=gated, bias=bias) == sum(p.numel() for p in layer.parameters())
+    assert feed_forward_parameters(6, 20, gated=gated, bias=bias) == sum(
+        p.numel() for p in layer.parameters()
+    )
     with FlopCounterMode(display=False) as counter:
         layer(randn(7, 6))
     assert 7 * feed_forward_flops(6, 20, gated=gated) == counter.get_total_flops()

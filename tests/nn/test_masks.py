@@ -52,7 +52,9 @@ def test_padding_mask_is_true_at_tokens():
     assert mask.tolist() == [[[[False, True, True]]], [[[True, True, False]]]]
 
 
-@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=7), min_size=1, max_size=5), st.integers(0, 99))
+@given(
+    st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=7), min_size=1, max_size=5), st.integers(0, 99)
+)
 def test_left_pad_keeps_every_row_and_counts_its_tokens(rows, pad):
     ids, at = left_pad(rows, pad)
     longest = max(map(len, rows))

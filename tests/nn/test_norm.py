@@ -66,7 +66,9 @@ def test_float16_does_not_overflow_in_the_sum_of_squares(function):
 @pytest.mark.parametrize("function", [layer_norm, rms_norm])
 def test_gradcheck(function):
     count = 3 if function is layer_norm else 2
-    tensors = [randn(*shape, seed=i).double().requires_grad_() for i, shape in enumerate([(3, 5), (5,), (5,)])]
+    tensors = [
+        randn(*shape, seed=i).double().requires_grad_() for i, shape in enumerate([(3, 5), (5,), (5,)])
+    ]
     torch.autograd.gradcheck(function, tensors[:count])
 
 

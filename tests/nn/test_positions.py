@@ -121,7 +121,9 @@ def test_the_table_of_a_built_model_is_real_and_float32(dtype):
 def test_without_positions_a_transformer_is_permutation_equivariant(order):
     model = decoder("none")
     ids, everything = torch.arange(7)[None] + 2, torch.ones(1, 1, 7, 7, dtype=torch.bool)
-    assert_close(model(ids[:, order], mask=everything), model(ids, mask=everything)[:, order], atol=1e-5, rtol=1e-5)
+    assert_close(
+        model(ids[:, order], mask=everything), model(ids, mask=everything)[:, order], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])
@@ -135,7 +137,9 @@ def test_with_positions_it_is_not(positions):
 
 def decoder(positions: str) -> Decoder:
     generator = torch.Generator().manual_seed(0)
-    model = Decoder(DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions=positions))
+    model = Decoder(
+        DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions=positions)
+    )
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     return model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""From logits to a token. A transform has the shape `transform(logits, history) -> logits`; they are applied in order."""
+"""From logits to a token. Transforms, `transform(logits, history) -> logits`, are applied in order."""
 
 from collections.abc import Callable, Sequence
 

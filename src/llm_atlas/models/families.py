@@ -61,7 +61,11 @@ LLAMA_GGUF = _table(
         "ffn_down.weight": "feedforward.sublayer.down.weight",
     },
     "blk.",
-    {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight", "output.weight": "head.weight"},
+    {
+        "token_embd.weight": "embed.weight",
+        "output_norm.weight": "norm.weight",
+        "output.weight": "head.weight",
+    },
 )
 
 
@@ -73,7 +77,9 @@ def rename(weights: Mapping[str, Tensor], names: Names, layers: int) -> dict[str
             ours[theirs.format(layer)] = mine.format(layer)
     unknown = sorted(set(weights) - set(ours))
     if unknown:
-        raise ValueError(f"{len(unknown)} weights are not in this family's table, the first is {unknown[0]!r}")
+        raise ValueError(
+            f"{len(unknown)} weights are not in this family's table, the first is {unknown[0]!r}"
+        )
     return {ours[name]: tensor for name, tensor in weights.items()}
 
 
@@ -98,7 +104,10 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
     kind = config.get("model_type")
     if kind not in ("llama", "qwen3"):
         raise ValueError(f"model_type {kind!r} is not one of llama, qwen3")
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope = config.get("rope_parameters") or {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_type": "default",
+    }
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_type {rope['rope_type']!r} is not supported yet")
     if config.get("use_sliding_window"):
@@ -151,7 +160,9 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def gguf_weights(read: Callable[[str], Tensor] | Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+def gguf_weights(
+    read: Callable[[str], Tensor] | Mapping[str, Tensor], config: DecoderConfig
+) -> dict[str, Tensor]:
     """All tensors of a GGUF file under our names, query and key rows un-permuted."""
     weights = rename(read, LLAMA_GGUF, config.layers)
     for name in weights:
@@ -161,7 +172,9 @@ def gguf_weights(read: Callable[[str], Tensor] | Mapping[str, Tensor], config: D
     return weights
 
 
-def build(config: DecoderConfig, weights: Mapping[str, Tensor], model: Callable[[DecoderConfig], nn.Module]) -> nn.Module:
+def build(
+    config: DecoderConfig, weights: Mapping[str, Tensor], model: Callable[[DecoderConfig], nn.Module]
+) -> nn.Module:
     """A model with these weights, without first filling it with random ones."""
     with torch.device("meta"):
         made = model(config)

@@ -34,7 +34,9 @@ def mixer(model: Decoder, layer: int) -> MultiHeadAttention:
 
 
 @torch.inference_mode()
-def attention_maps(model: Decoder, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "layers batch heads seq seq"]:
+def attention_maps(
+    model: Decoder, ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "layers batch heads seq seq"]:
     """How much every token looks at every other, in every head: rows are queries and add up to 1.
 
     float32 on the CPU; memory layers x heads x seq^2, so keep `ids` short.

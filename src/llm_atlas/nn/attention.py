@@ -53,7 +53,9 @@ def attention_weights(
     _check(q, k, k, mask, bias, is_causal)
     wide = torch.promote_types(q.dtype, torch.float32)
     k = _share_heads(q, k)
-    scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores = (
+        q.to(wide) @ k.to(wide).transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    )
     if bias is not None:
         scores = scores + bias
     if is_causal:
@@ -108,14 +110,14 @@ def fused_attention(
     if bias is not None:
         if is_causal:
             mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
-        # A row that may look nowhere would come out as NaN or as a mean over all keys: mask and bias need the safe form.
+        # A row that may look nowhere would be NaN or a mean over all keys: mask and bias need the safe form.
         if mask is not None:
             return scaled_dot_product_attention(q, k, v, mask=mask, bias=bias, scale=scale)
         mask = bias.to(q.dtype)
     elif is_causal and mask is not None:
         mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
     shared = q.dim() > 2 and k.dim() > 2 and q.shape[-3] > k.shape[-3] and (k.shape[-3] > 1 or q.dim() == 4)
-    if shared and q.shape[-2] == 1 and (mask is None or mask.dim() == 4 and mask.shape[-3] == 1):
+    if shared and q.shape[-2] == 1 and (mask is None or (mask.dim() == 4 and mask.shape[-3] == 1)):
         # One new token: the heads of a group become the queries of one head, and no key is repeated.
         grouped = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
         out = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
@@ -208,7 +210,9 @@ class MultiHeadAttention(nn.Module):
         if x.shape[-1] != self.q.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, this layer takes {self.q.in_features}")
         if context is not None and context.shape[-1] != self.k.in_features:
-            raise ValueError(f"context has {context.shape[-1]} features, this layer takes {self.k.in_features}")
+            raise ValueError(
+                f"context has {context.shape[-1]} features, this layer takes {self.k.in_features}"
+            )
         if positions is None:
             past = cache.length if cache is not None and context is None else 0
             positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
@@ -222,7 +226,10 @@ class MultiHeadAttention(nn.Module):
         elif cache is not None and cache.length:
             k, v = cache.read()  # an encoder's keys and values do not change while the decoder writes
         else:
-            k, v = self.k_norm(split_heads(self.k(context), self.kv_heads)), split_heads(self.v(context), self.kv_heads)
+            k, v = (
+                self.k_norm(split_heads(self.k(context), self.kv_heads)),
+                split_heads(self.v(context), self.kv_heads),
+            )
             if cache is not None:
                 k, v = cache.append(k, v)
         queries, keys = q.shape[-2], k.shape[-2]
@@ -238,7 +245,9 @@ class MultiHeadAttention(nn.Module):
         return self.out(merge_heads(self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal)))
 
 
-def split_heads(x: Float[Tensor, "batch seq features"], heads: int) -> Float[Tensor, "batch {heads} seq head_dim"]:
+def split_heads(
+    x: Float[Tensor, "batch seq features"], heads: int
+) -> Float[Tensor, "batch {heads} seq head_dim"]:
     """(batch, seq, heads x head_dim) to (batch, heads, seq, head_dim): first cut the features, then move the axis."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -263,15 +272,21 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool
 ) -> None:
     if q.dim() < 2 or k.dim() < 2 or v.dim() < 2:
-        raise ValueError(f"q, k and v need at least 2 axes (tokens, features), got {q.dim()}, {k.dim()} and {v.dim()}")
+        raise ValueError(
+            f"q, k and v need at least 2 axes (tokens, features), got {q.dim()}, {k.dim()} and {v.dim()}"
+        )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has {q.shape[-1]} features and k has {k.shape[-1]}: they must be equal")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"there are {k.shape[-2]} keys and {v.shape[-2]} values: they must be equal")
     if k.shape[:-2] != v.shape[:-2]:
-        raise ValueError(f"keys have leading axes {tuple(k.shape[:-2])} and values {tuple(v.shape[:-2])}: they must be equal")
+        raise ValueError(
+            f"keys have leading axes {tuple(k.shape[:-2])} and values {tuple(v.shape[:-2])}: they must be equal"
+        )
     if q.shape[:-3] != k.shape[:-3] and not _broadcast(q.shape[:-3], k.shape[:-3]):
-        raise ValueError(f"queries have leading axes {tuple(q.shape[:-3])} and keys {tuple(k.shape[:-3])}: they do not fit")
+        raise ValueError(
+            f"queries have leading axes {tuple(q.shape[:-3])} and keys {tuple(k.shape[:-3])}: they do not fit"
+        )
     if q.dim() > 2 and k.dim() > 2 and q.shape[-3] % k.shape[-3] and q.shape[-3] != 1:
         raise ValueError(f"{q.shape[-3]} query heads do not divide into groups over {k.shape[-3]} key heads")
     if not (q.dtype == k.dtype == v.dtype):
@@ -280,17 +295,18 @@ def _check(
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     if is_causal and q.shape[-2] != k.shape[-2]:
         raise ValueError(
-            f"is_causal with {q.shape[-2]} queries and {k.shape[-2]} keys is ambiguous: pass mask=causal_mask(queries, keys)"
+            f"is_causal with {q.shape[-2]} queries and {k.shape[-2]} keys is ambiguous:"
+            " pass mask=causal_mask(queries, keys)"
         )
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool (True = may look), got {mask.dtype}; additive terms go into bias")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (True = may look), got {mask.dtype}; additive terms go into bias")
     for name, t in (("mask", mask), ("bias", bias)):
         if t is None:
             continue
         if t.dim() < 2 or t.shape[-2] not in (1, q.shape[-2]) or t.shape[-1] not in (1, k.shape[-2]):
             raise ValueError(
-                f"{name} ends in {' x '.join(map(str, t.shape[-2:]))}, but there are {q.shape[-2]} queries and {k.shape[-2]} keys"
+                f"{name} ends in {' x '.join(map(str, t.shape[-2:]))}, but there are {q.shape[-2]} queries"
+                f" and {k.shape[-2]} keys"
             )
         if t.device != q.device:
             raise ValueError(f"{name} is on {t.device}, q, k and v are on {q.device}")

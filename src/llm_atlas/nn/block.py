@@ -18,7 +18,9 @@ class Residual(nn.Module):
     He et al. 2015, equation 1 (arXiv 1512.03385); placement: Xiong et al. 2020, section 3 (arXiv 2002.04745).
     """
 
-    def __init__(self, sublayer: nn.Module, norm: Callable[[], nn.Module], *, placement: Placement = "pre") -> None:
+    def __init__(
+        self, sublayer: nn.Module, norm: Callable[[], nn.Module], *, placement: Placement = "pre"
+    ) -> None:
         super().__init__()
         if placement not in get_args(Placement):
             raise ValueError(f"placement {placement!r} is not one of {', '.join(get_args(Placement))}")

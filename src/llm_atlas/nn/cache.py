@@ -105,7 +105,9 @@ class LayerCache:
         if misfit or self._buffers is None:  # an empty cache takes whatever comes first
             room = max(end, self._owner.capacity)
             self._buffers = _empty(new, room)
-        elif end > self._buffers[0].shape[2]:  # double, so that growing one token at a time copies O(length) in all
+        elif (
+            end > self._buffers[0].shape[2]
+        ):  # double, so that growing one token at a time copies O(length) in all
             room = max(end, 2 * self._buffers[0].shape[2])
             grown = _empty(self._buffers, room)
             for big, old in zip(grown, self._buffers, strict=True):
@@ -127,7 +129,8 @@ def _misfit(kept: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> str | None:
         if old.shape[0] != t.shape[0]:
             return f"the cache holds {old.shape[0]} rows, the new {name} have {t.shape[0]}"
         if (old.shape[1], old.shape[3]) != (t.shape[1], t.shape[3]):
-            return f"the cache holds {old.shape[1]} heads of {old.shape[3]}, the new {name} have {t.shape[1]} of {t.shape[3]}"
+            have = f"{t.shape[1]} of {t.shape[3]}"
+            return f"the cache holds {old.shape[1]} heads of {old.shape[3]}, the new {name} have {have}"
         if old.dtype != t.dtype or old.device != t.device:
             return f"the cache is {old.dtype} on {old.device}, the new {name} are {t.dtype} on {t.device}"
     return None
@@ -221,7 +224,9 @@ class KVCache:
             return  # nothing is kept yet
         rows = torch.as_tensor(rows)
         if rows.dim() != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
-            raise ValueError(f"rows must be a list of row numbers, got {rows.dtype} of shape {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be a list of row numbers, got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
         if rows.device.type == "cpu":  # elsewhere reading a value back would make the device wait
             wrong = [row for row in rows.tolist() if not 0 <= row < self.rows]
             if wrong:

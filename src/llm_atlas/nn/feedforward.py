@@ -37,7 +37,12 @@ class GatedFeedForward(nn.Module):
     """
 
     def __init__(
-        self, dim: int, hidden: int | None = None, *, activation: str | Activation = "silu", bias: bool = False
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        activation: str | Activation = "silu",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         hidden = 8 * dim // 3 if hidden is None else hidden

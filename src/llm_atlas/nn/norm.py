@@ -92,4 +92,6 @@ def _check_dim(dim: int) -> None:
 
 def _check_scale(x: Tensor, scale: Tensor | None, name: str) -> None:
     if scale is not None and scale.shape != x.shape[-1:]:
-        raise ValueError(f"{name} has shape {tuple(scale.shape)}, but the last axis of x has {x.shape[-1]} features")
+        raise ValueError(
+            f"{name} has shape {tuple(scale.shape)}, but the last axis of x has {x.shape[-1]} features"
+        )

@@ -115,7 +115,9 @@ class RotaryPositions(PositionScheme):
 
     def rebuild(self, device: torch.device | str) -> None:
         """Compute the table of cosines and sines, (length, 2, dim / 2), on `device`."""
-        angles = torch.arange(self.length, device=device)[:, None].float() * _frequencies(self.dim, self.base, device)
+        angles = torch.arange(self.length, device=device)[:, None].float() * _frequencies(
+            self.dim, self.base, device
+        )
         self.table = torch.stack([angles.cos(), angles.sin()], dim=1)
 
     def _apply(self, fn, recurse: bool = True) -> "RotaryPositions":
