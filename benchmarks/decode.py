@@ -64,9 +64,9 @@ def main(
         rows,
         read_bandwidth_gb_per_s=round(bandwidth / 1e9, 1),
         rounds=rounds,
-        note="ratio: the median of each round's own. same: leading tokens that are equal, of all. gap: where rows part, by"
-        " how much our logit of our token beats that of theirs, the largest of all rows (logits here are about 16, and"
-        " neighbouring bfloat16 numbers there are 0.125 apart, so a gap of that size is a tie broken by rounding)",
+        note="ratio: the median of each round's own. same: leading tokens that are equal, of all. gap: where rows part,"
+        " our logit of our token less that of theirs, the largest of all rows (logits here are about 16, where"
+        " neighbouring bfloat16 numbers there are 0.125 apart: a gap of that size is a tie broken by rounding)",
     )
 
 

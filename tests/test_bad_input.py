@@ -53,6 +53,11 @@ def filled(rows: int = 2, length: int = 3) -> KVCache:
     return cache
 
 
+def crossed(rows: int, keys: int) -> torch.Tensor:
+    """Cross-attention behind the cached keys of another context."""
+    return MultiHeadAttention(8, 2)(x(rows, 1, 8), context=x(rows, keys, 8), cache=filled()[0])
+
+
 def config(**change) -> DecoderConfig:
     return DecoderConfig(**SIZES | change)
 
@@ -88,6 +93,9 @@ CASES = [
     (lambda: MultiHeadAttention(12, 6, kv_heads=0), ValueError, "6 heads must divide into groups over 0 key/value heads"),
     (lambda: MultiHeadAttention(8, 2)(x(1, 3, 9)), ValueError, "x has 9 features, this layer takes 8"),
     (lambda: MultiHeadAttention(8, 2, context_dim=5)(x(1, 3, 8), context=x(1, 3, 8)), ValueError, "context has 8 features, this layer takes 5"),
+    (lambda: MultiHeadAttention(8, 2, head_dim=0), ValueError, "head_dim 0 must be at least 1"),
+    (lambda: crossed(rows=1, keys=4), ValueError, "the cache holds 2 rows of 3 keys, the context has 1 rows of 4: use a new cache for a new context"),
+    (lambda: scaled_dot_product_attention(ids(2, 8), ids(3, 8), ids(3, 8)), TypeError, "q, k and v must hold floating-point numbers, got torch.int64"),
     # masks
     (lambda: causal_mask(0), ValueError, "a causal mask needs 1 <= queries <= keys, got queries 0 and keys 0"),
     (lambda: causal_mask(4, 3), ValueError, "a causal mask needs 1 <= queries <= keys, got queries 4 and keys 3"),
@@ -98,6 +106,7 @@ CASES = [
     (lambda: layer_norm(x(2, 8), x(7)), ValueError, "weight has shape (7,), but the last axis of x has 8 features"),
     (lambda: layer_norm(x(2, 8), x(8), x(1)), ValueError, "bias has shape (1,), but the last axis of x has 8 features"),
     (lambda: rms_norm(x(2, 8), x(8, 1)), ValueError, "weight has shape (8, 1), but the last axis of x has 8 features"),
+    (lambda: rms_norm(ids(2, 8)), TypeError, "x must hold floating-point numbers, got torch.int64"),
     (lambda: LayerNorm(8)(x(2, 7)), ValueError, "weight has shape (8,), but the last axis of x has 7 features"),
     (lambda: RMSNorm(8)(x(2, 7)), ValueError, "weight has shape (8,), but the last axis of x has 7 features"),
     (lambda: RMSNorm(0), ValueError, "dim 0 must be at least 1"),
@@ -138,9 +147,11 @@ CASES = [
     (lambda: Block(MultiHeadAttention(8, 2), FeedForward(8), lambda: RMSNorm(8))(x(1, 2, 8), context=x(1, 2, 8)), ValueError, "context and a cross-attention layer go together: one of them is missing"),
     # the model
     (lambda: config(layers=0), ValueError, "layers 0 must be at least 1"),
+    (lambda: config(norm_eps=0.0), ValueError, "norm_eps 0.0 must be positive and finite"),
+    (lambda: config(rope_base=float("nan")), ValueError, "rope_base nan must be positive and finite"),
     (lambda: config(norm="batch"), ValueError, "norm 'batch' is not one of layer, rms"),
     (lambda: config(positions="alibi"), ValueError, "positions 'alibi' is not one of none, sinusoidal, learned, rotary"),
-    (lambda: Decoder(config(heads=3)), ValueError, "dim 8 must divide into 3 heads"),
+    (lambda: config(heads=3), ValueError, "dim 8 must divide into 3 heads, or head_dim be given"),
     (lambda: Decoder(config(heads=8)), ValueError, "dim 1 must be even and positive: features are used in pairs"),
     (lambda: MODEL(ids(5)), ValueError, "ids must have shape (batch, seq) with both at least 1, got (5,)"),
     (lambda: MODEL(ids(1, 0)), ValueError, "ids must have shape (batch, seq) with both at least 1, got (1, 0)"),
@@ -162,7 +173,7 @@ CASES = [
     (lambda: generate(MODEL, [[1] * 5], max_new_tokens=3), ValueError, "a past of 0, a prompt of 5 and 3 new tokens do not fit the context of 6"),
     (lambda: generate(MODEL, [[1, 12]], max_new_tokens=1), ValueError, "token id 12 is outside the vocabulary of 11"),
     (lambda: generate(MODEL, [[1]], max_new_tokens=1, temperature=-1), ValueError, "temperature -1 must be finite and not negative"),
-    (lambda: temperature(0.0), ValueError, "temperature 0.0 must be positive and finite"),
+    (lambda: temperature(0.0), ValueError, "temperature 0.0 must be at least 1e-6 and finite; 0 is greedy decoding"),
 ]  # fmt: skip
 
 
