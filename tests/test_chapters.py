@@ -25,6 +25,12 @@ IGNORED = execute_chapters.IGNORED
 
 code_cells, tags = execute_chapters.code_cells, execute_chapters.tags
 
+# A white pixel with a palette, as the pictures of a notebook in normal form have.
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAMAAAAoyzS7AAAAA1BMVEX///+nxBvIAAAACklEQVR4nGNg"
+    "AAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
 
 def outputs(nb: NotebookNode) -> Iterator[tuple[NotebookNode, NotebookNode]]:
     for cell in code_cells(nb):
@@ -299,7 +305,7 @@ def good() -> NotebookNode:
                 id="plot",
                 execution_count=3,
                 metadata={"mystnb": {"image": {"alt": "two ones"}}},
-                outputs=[shown({"image/png": "iVBORw0KGgo=", "text/plain": "<Figure with 1 Axes>"})],
+                outputs=[shown({"image/png": PIXEL, "text/plain": "<Figure with 1 Axes>"})],
             ),
             new_code_cell(
                 "print(clock())",
@@ -359,7 +365,7 @@ def silence(*names: str) -> Callable[[NotebookNode], None]:
     return lambda nb: [cell(nb, name).update(outputs=[]) for name in names]
 
 
-PNG = {"image/png": "iVBORw0KGgo="}
+PNG = {"image/png": PIXEL}
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,10 @@ def test_a_planted_fault_is_found(two_pages: Path, old: str, new: str, problem: 
 def test_a_foreign_font_is_found(two_pages: Path, rule: str):
     (two_pages / "a.css").write_text(rule)
     assert len(check_pages.site_problems(two_pages)) == 1
+
+
+def test_every_fetched_asset_has_its_licence_on_the_page() -> None:
+    from llm_atlas.core.assets import ASSETS
+
+    page = (ROOT / "chapters" / "licences.md").read_text(encoding="utf-8")
+    assert [asset.name for asset in ASSETS.values() if asset.distribution not in page] == []

@@ -160,3 +160,9 @@ def test_a_faulty_row_is_refused_with_its_line(tmp_path: Path, planted: tuple[st
     with pytest.raises(ValueError, match=r"^faulty\.yml:\d+: ") as caught:
         load_claims(faulty)
     assert said in str(caught.value)
+
+
+def test_an_exploding_gradient_does_not_hold_the_residual_claim() -> None:
+    assert claim("residual-100-layers", 27.0).outcome == "held"
+    for ratio in (1e17, 1e-17):
+        assert claim("residual-100-layers", ratio).outcome == "not here"

@@ -17,7 +17,9 @@ def test_temperature_divides():
 
 @pytest.mark.parametrize("t", [0.0, -1.0, math.inf, math.nan])
 def test_temperature_must_be_positive_and_finite(t):
-    with pytest.raises(ValueError, match=f"^temperature {t} must be at least 1e-6 and finite; 0 is greedy decoding$"):
+    with pytest.raises(
+        ValueError, match=f"^temperature {t} must be at least 1e-6 and finite; 0 is greedy decoding$"
+    ):
         temperature(t)
 
 

@@ -272,8 +272,39 @@ def test_positions_turn_no_query_of_cross_attention():
     rotary.load_state_dict(plain.state_dict())
     x, context = randn(1, 5, 8), randn(1, 6, 7, seed=1)
     assert torch.equal(rotary(x, context=context), plain(x, context=context))
-    x = randn(1, 5, 8)
-    assert not torch.allclose(rotary.eval()(x, context=context[..., :7]), MultiHeadAttention(8, 2)(x))
+    plain = randomised(MultiHeadAttention(8, 2))
+    rotary = MultiHeadAttention(8, 2, positions=RotaryPositions(4, length=16))
+    rotary.load_state_dict(plain.state_dict())
+    assert not torch.allclose(rotary(x), plain(x))  # in self-attention the same scheme does turn
+
+
+def test_qk_norm_holds_in_cross_attention_too():
+    layer = randomised(MultiHeadAttention(8, 2, context_dim=7, qk_norm=True, causal=False))
+    x, context = randn(1, 5, 8), randn(1, 6, 7, seed=1)
+    q = rms_norm(layer.q(x).unflatten(-1, (2, 4)).transpose(1, 2), layer.q_norm.weight)
+    k = rms_norm(layer.k(context).unflatten(-1, (2, 4)).transpose(1, 2), layer.k_norm.weight)
+    v = layer.v(context).unflatten(-1, (2, 4)).transpose(1, 2)
+    wanted = layer.out(((q @ k.transpose(-2, -1) / 2).softmax(-1) @ v).transpose(1, 2).flatten(-2))
+    assert_close(layer(x, context=context), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_of_another_context_is_refused():
+    layer = MultiHeadAttention(8, 2, context_dim=7, causal=False)
+    cache = KVCache(1)
+    layer(randn(1, 2, 8), context=randn(1, 6, 7), cache=cache[0])
+    with pytest.raises(ValueError, match="1 rows of 6 keys, the context has 1 rows of 5"):
+        layer(randn(1, 2, 8), context=randn(1, 5, 7), cache=cache[0])
+    with pytest.raises(ValueError, match="the context has 3 rows of 6"):
+        layer(randn(3, 2, 8), context=randn(3, 6, 7), cache=cache[0])
+
+
+def test_whole_numbers_are_refused():
+    whole = torch.arange(4).reshape(2, 2)
+    for attend in (scaled_dot_product_attention, fused_attention):
+        with pytest.raises(TypeError):
+            attend(whole, whole, whole)
+    with pytest.raises(TypeError):
+        rms_norm(whole)
 
 
 @pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])

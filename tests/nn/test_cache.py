@@ -211,3 +211,31 @@ def test_select_reaches_a_cache_that_no_model_places():
     cache[0].append(content, content)
     cache.select([2, 0])
     assert cache[0].read()[0][:, 0, 0, 0].tolist() == [2.0, 0.0]
+
+
+def test_a_fork_and_its_original_go_their_own_ways():
+    """Both have room to append in place, so that a shared buffer would be written by the one and read by the other."""
+    cache = KVCache(1, capacity=8)
+    first, mine, theirs = (torch.full((1, 1, 2, 3), float(n)) for n in (1, 2, 3))
+    cache.place(2)
+    cache[0].append(first, first)
+    twin = cache.fork()
+    for kept, new in ((twin, theirs), (cache, mine)):
+        kept.place(2)
+        kept[0].append(new, new)
+    for kept, new in ((twin, theirs), (cache, mine)):
+        assert torch.equal(kept[0].read()[0], torch.cat([first, new], dim=2))
+
+
+def test_rotations_kept_for_other_positions_are_not_used():
+    from llm_atlas.nn.positions import RotaryPositions
+
+    scheme, x = (
+        RotaryPositions(4, length=9),
+        torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)),
+    )
+    here, there = torch.arange(3)[None], torch.arange(3, 6)[None]
+    alone = scheme.rotate(x, there)
+    with scheme.reused(here, x.dtype):
+        assert torch.equal(scheme.rotate(x, there), alone)
+        assert not torch.allclose(scheme.rotate(x, here), alone)

@@ -84,7 +84,9 @@ class ClaimVerdict:
             ("because", self.reason),
         ):
             if text:
-                lines.append(textwrap.fill(text, 80, initial_indent=f"  {what:10}", subsequent_indent=" " * 12))
+                lines.append(
+                    textwrap.fill(text, 80, initial_indent=f"  {what:10}", subsequent_indent=" " * 12)
+                )
         return "\n".join(lines)
 
 

@@ -40,10 +40,9 @@ def tables_markdown(order: Sequence[Chapter], concepts: Mapping[str, Concept]) -
     for chapter in order:
         rows = "\n".join(concept_row(concepts[id_]) for id_ in chapter.concepts)
         heading = f"(table-{chapter.number})=\n## {chapter.number}. {chapter.title}"
+        options = ":header-rows: 1\n:widths: 26 30 44\n:class: atlas-table"
         header = "* - Concept\n  - In one line\n  - What to know"
-        parts.append(
-            f"{heading}\n\n```{{list-table}}\n:header-rows: 1\n:widths: 26 30 44\n:class: atlas-table\n\n{header}\n{rows}\n```"
-        )
+        parts.append(f"{heading}\n\n```{{list-table}}\n{options}\n\n{header}\n{rows}\n```")
     return "\n\n".join(parts)
 
 

@@ -15,8 +15,8 @@ def temperature(t: float) -> Transform:
 
     Raises ValueError unless $T > 0$; the limit $T \to 0$ is `greedy`. Hinton et al. 2015, section 2 (arXiv 1503.02531).
     """
-    if not 0 < t < float("inf"):
-        raise ValueError(f"temperature {t} must be positive and finite")
+    if not 1e-6 <= t < float("inf"):
+        raise ValueError(f"temperature {t} must be at least 1e-6 and finite; 0 is greedy decoding")
     return lambda logits, history: logits / t
 
 

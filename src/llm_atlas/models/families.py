@@ -84,7 +84,10 @@ def rename(weights: Mapping[str, Tensor], names: Names, layers: int) -> dict[str
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` (our names) into `model`, every one of them. A missing, left-over or misshapen one is named."""
+    """Put `weights` (our names) into `model`, every one of them. A missing, left-over or misshapen one is named.
+
+    The tensors themselves become the model's parameters: nothing is copied, and what is changed here changes there.
+    """
     wanted = dict(model.named_parameters())
     for name, parameter in wanted.items():
         if name not in weights:

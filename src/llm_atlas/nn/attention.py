@@ -150,7 +150,7 @@ class Attend(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    r"""$\operatorname{Concat}(\text{head}_1 \dots \text{head}_h)\,W^O$ with $\text{head}_i = \operatorname{attend}(xW^Q_i, xW^K_i, xW^V_i)$.
+    r"""$[\text{head}_1; \dots; \text{head}_h]\,W^O$, $\text{head}_i = \operatorname{attend}(xW^Q_i, xW^K_i, xW^V_i)$.
 
     One module for self-attention and cross-attention (keys and values from `context`), for all heads their own keys
     or groups that share them (`kv_heads`), causal or not, with any `PositionScheme` and optional `qk_norm`
@@ -186,6 +186,8 @@ class MultiHeadAttention(nn.Module):
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"{heads} heads must divide into groups over {kv_heads} key/value heads")
         head_dim = dim // heads if head_dim is None else head_dim
+        if head_dim < 1:
+            raise ValueError(f"head_dim {head_dim} must be at least 1")
         source = dim if context_dim is None else context_dim
         self.heads, self.kv_heads, self.head_dim, self.causal = heads, kv_heads, head_dim, causal
         self.q = nn.Linear(dim, heads * head_dim, bias=bias)
@@ -224,7 +226,14 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 k, v = cache.append(k, v)
         elif cache is not None and cache.length:
-            k, v = cache.read()  # an encoder's keys and values do not change while the decoder writes
+            # An encoder's keys and values do not change while the decoder writes. Whether they are *this* context's
+            # cannot be seen here, but whether they can be.
+            if (cache.rows, cache.length) != context.shape[:2]:
+                raise ValueError(
+                    f"the cache holds {cache.rows} rows of {cache.length} keys, the context has {context.shape[0]} rows"
+                    f" of {context.shape[1]}: use a new cache for a new context"
+                )
+            k, v = cache.read()
         else:
             k, v = (
                 self.k_norm(split_heads(self.k(context), self.kv_heads)),
@@ -275,6 +284,8 @@ def _check(
         raise ValueError(
             f"q, k and v need at least 2 axes (tokens, features), got {q.dim()}, {k.dim()} and {v.dim()}"
         )
+    if not q.is_floating_point():
+        raise TypeError(f"q, k and v must hold floating-point numbers, got {q.dtype}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has {q.shape[-1]} features and k has {k.shape[-1]}: they must be equal")
     if k.shape[-2] != v.shape[-2]:

@@ -14,8 +14,9 @@ Placement = Literal["pre", "post", "sandwich"]
 class Residual(nn.Module):
     r"""A sublayer on the residual stream, with its norm before, after or on both sides of it.
 
-    pre: $x + f(\operatorname{norm}(x))$. post: $\operatorname{norm}(x + f(x))$. sandwich: $x + \operatorname{norm}'(f(\operatorname{norm}(x)))$.
-    He et al. 2015, equation 1 (arXiv 1512.03385); placement: Xiong et al. 2020, section 3 (arXiv 2002.04745).
+    With $n$ for the norm, pre: $x + f(n(x))$; post: $n(x + f(x))$; sandwich: $x + n'(f(n(x)))$.
+    He et al. 2015, equation 1 (arXiv 1512.03385); pre and post: Xiong et al. 2020, section 3
+    (arXiv 2002.04745); sandwich: Ding et al. 2021, section 2.4 (arXiv 2105.13290).
     """
 
     def __init__(

@@ -139,7 +139,7 @@ def _misfit(kept: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> str | None:
 class KVCache:
     r"""Contiguous cache of a whole model, grown as needed; reserve `capacity` slots when you know the length.
 
-    Bytes: $2 \cdot \text{layers} \cdot \text{kv heads} \cdot \text{head dim} \cdot \text{bytes per number}$ a token and row.
+    Bytes a token and row: 2 x layers x key/value heads x head dim x bytes a number.
     Use: `cache = KVCache(layers)`, then pass it to every call of the model. `layer` makes one layer's part: another
     kind of cache is another `LayerCache`, and where its slots stand differently another `place`.
     Shazeer 2019, section 2.4 (arXiv 1911.02150).

@@ -10,7 +10,8 @@ class FeedForward(nn.Module):
     r"""$\operatorname{FFN}(x) = f(x W_1 + b_1)\,W_2 + b_2$, applied to every position alone.
 
     `dim` features in and out, `hidden` between them (4 x dim unless given), `activation` a name or a function.
-    Cost per token: $2 \cdot 2 \cdot \text{dim} \cdot \text{hidden}$ FLOPs. Vaswani et al. 2017, section 3.3 (arXiv 1706.03762).
+    Cost per token: $2 \cdot 2 \cdot \text{dim} \cdot \text{hidden}$ FLOPs.
+    Vaswani et al. 2017, section 3.3 (arXiv 1706.03762).
     """
 
     def __init__(

@@ -82,6 +82,8 @@ class RMSNorm(nn.Module):
 
 
 def _widen(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -52,7 +52,7 @@ NoPositions = PositionScheme
 def sinusoidal_positions(
     positions: Int[Tensor, "*shape"], dim: int, *, base: float = 10000.0
 ) -> Float[Tensor, "*shape dim"]:
-    r"""$PE(p, 2i) = \sin(p / \text{base}^{2i/d})$ and $PE(p, 2i+1) = \cos(p / \text{base}^{2i/d})$, sines and cosines in turn.
+    r"""$PE(p, 2i) = \sin(p / \text{base}^{2i/d})$ and $PE(p, 2i+1) = \cos(p / \text{base}^{2i/d})$, in turn.
 
     float32, shape (*positions.shape, dim). Raises ValueError for an odd `dim`.
     Vaswani et al. 2017, section 3.5 (arXiv 1706.03762).

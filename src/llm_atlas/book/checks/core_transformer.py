@@ -300,7 +300,7 @@ def _jacobian(weights: Tensor, residual: bool) -> Tensor:
     "residual",
     asks="Write jacobian(weights, residual): layer i maps x to x + weights[i] @ x if residual, else to "
     "weights[i] @ x; weights is (layers, dim, dim). Return d output / d input, a (dim, dim) matrix.",
-    praise="A product of I + W: the identity path survives any depth, while a product of W alone dies out.",
+    praise="A product of I + W: the identity path survives any depth, while a product of W alone dies out or explodes.",
 )
 def grade_residual(trial: Trial) -> None:
     for layers, dim in [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (5, 3)]:
