@@ -54,7 +54,7 @@ class DecoderConfig:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
         if self.head_dim is None and self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} must divide into {self.heads} heads, or head_dim be given")
+            raise ValueError(f"dim {self.dim} must divide into {self.heads} heads")
         for name, kinds in (("norm", Norm), ("positions", Positions), ("placement", Placement)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(kinds))}")
