@@ -101,7 +101,7 @@ serve: book  ## serve the built site on this machine
 .PHONY: chapters
 chapters: assets  ## execute the notebooks in place, in one normal form
 	@$(PY) -c 'import matplotlib.font_manager'
-	@$(LIMIT) 3600 $(PY) tools/execute_chapters.py $(if $(REFRESH),--refresh) $(CHAPTERS)
+	@$(ONE_THREAD) $(LIMIT) 3600 $(PY) tools/execute_chapters.py $(if $(REFRESH),--refresh) $(CHAPTERS)
 
 # ------------------------------------------------------------------------------------------ the tests
 
