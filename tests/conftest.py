@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,10 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Set before torch is imported. Two workers with a thread for each core are slower than with one each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell without job control lets what it starts in the background ignore Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no counterexample; a failure prints the line that replays it.
 settings.register_profile("llm-atlas", deadline=None, print_blob=True)
