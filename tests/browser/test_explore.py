@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_atlas.book.explore import Bars, Explorable, Heatmap, Lines, Tokens, explore
-from llm_atlas.book.site import figure_html
+from llm_atlas.book.site.explorables import figure_html
 from llm_atlas.core.assets import bundled
 
 TEXTS = {"caption": "What it shows.", "alt": "A drawing"}

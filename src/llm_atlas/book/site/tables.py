@@ -1,20 +1,14 @@
 """The reference tables of the site, written from assets/concepts.yml whenever the site is built.
 
-A page that holds the line `% atlas: tables` gets all of them there. A concept's row carries the target `table-ID`;
-while its section does not exist yet, the row also answers to the concept's own target, so that a link to a concept
-always arrives.
+A concept's row carries the target `table-ID`; while its section does not exist yet, the row also answers to
+the concept's own target, so that a link to a concept always arrives.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from sphinx.application import Sphinx
 
 from llm_atlas.book.concepts import Chapter, Concept, chapters, load_concepts
 
-__all__ = ["concept_row", "setup", "tables_markdown"]
-
-MARKER = "% atlas: tables"
+__all__ = ["concept_row", "markdown", "tables_markdown"]
 
 
 def concept_row(concept: Concept) -> str:
@@ -51,12 +45,6 @@ def _cell(bullet: str, lines: Sequence[str]) -> list[str]:
     return [f"{bullet} {first}", *(f"    {line}".rstrip() for line in rest)]
 
 
-def _fill(app: Sphinx, page: str, source: list[str]) -> None:
-    if MARKER in source[0]:
-        source[0] = source[0].replace(MARKER, tables_markdown(chapters(), load_concepts()))
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    """The Sphinx extension `llm_atlas.book.tables`."""
-    app.connect("source-read", _fill)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+def markdown() -> str:
+    """All tables of the book."""
+    return tables_markdown(chapters(), load_concepts())

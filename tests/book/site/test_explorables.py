@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
 from llm_atlas.book.explore import MIME, Lines, explore
-from llm_atlas.book.site import figure_html
+from llm_atlas.book.site.explorables import figure_html
 
 CONF = 'extensions = ["myst_nb", "llm_atlas.book.site"]\nnb_execution_mode = "off"\n'
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from llm_atlas.book.concepts import chapters, load_concepts
-from llm_atlas.book.tables import concept_row, tables_markdown
+from llm_atlas.book.site.tables import concept_row, tables_markdown
 
 
 def test_every_concept_has_one_row_and_every_chapter_one_table() -> None:

@@ -1,9 +1,8 @@
-"""The site's side of `explore`: a MyST-NB renderer for its mime type and a Sphinx extension for script and
-style.
+"""Explorables on a page: a MyST-NB renderer for their mime type, and the still for readers without script.
 
-The renderer is declared in pyproject under `myst_nb.mime_renderers`, the extension is listed in
-`_config.yml`. The drawing itself is made in the browser by assets/site/explore.js from the JSON in the page;
-without JavaScript, and on builders other than html, the png of the same output stands in.
+The renderer is declared in pyproject under `myst_nb.mime_renderers`. The drawing itself is made in the
+browser by assets/site/explore.js from the JSON in the page; without JavaScript, and on builders other than
+html, the png of the same output stands in.
 """
 
 import html
@@ -16,11 +15,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 from llm_atlas.book.explore import MIME
-from llm_atlas.core.assets import bundled
 
 __all__ = ["ExploreRenderer", "PlaceStill", "figure_html", "setup"]
 
-_FILES = ("explore.js", "explore.css")
 _CLASS = "atlas-explore"
 
 
@@ -79,31 +76,5 @@ def _is_bundle(node: nodes.Node) -> bool:
     return isinstance(node, nodes.container) and node.get("nb_element") == "mime_bundle"
 
 
-def _has_explorable(doctree: nodes.document | None) -> bool:
-    return doctree is not None and any(
-        f"{_CLASS}-output" in node["classes"] for node in doctree.findall(nodes.container)
-    )
-
-
-def _add_static(app: Sphinx) -> None:
-    if app.builder.format == "html":
-        # file by file: Jupyter Book loads every script of a static folder on every page
-        app.config.html_static_path.extend(str(bundled(f"site/{name}")) for name in _FILES)
-
-
-def _load_on_page(
-    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
-) -> None:
-    # Jupyter Book has put every file of its static folder on the page already
-    loaded = [str(getattr(file, "filename", file)) for file in context.get("script_files", ())]
-    if _has_explorable(doctree) and not any(name.endswith("/explore.js") for name in loaded):
-        app.add_css_file("explore.css")
-        app.add_js_file("explore.js", loading_method="defer")
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    """The Sphinx extension `llm_atlas.book.site`."""
+def setup(app: Sphinx) -> None:
     app.add_post_transform(PlaceStill)
-    app.connect("builder-inited", _add_static)
-    app.connect("html-page-context", _load_on_page)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

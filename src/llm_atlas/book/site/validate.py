@@ -1,0 +1,9 @@
+"""What must hold before a page is built, each fault with its file and line."""
+
+from sphinx.application import Sphinx
+
+__all__ = ["setup"]
+
+
+def setup(app: Sphinx) -> None:
+    pass
