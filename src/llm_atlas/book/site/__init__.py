@@ -20,6 +20,7 @@ __all__ = ["FILES", "GENERATORS", "generate", "setup"]
 # The name on the page, and the function without arguments that writes it.
 GENERATORS = {
     "claims": "llm_atlas.book.site.claims:markdown",
+    "front": "llm_atlas.book.site.front:markdown",
     "glossary": "llm_atlas.book.site.glossary:markdown",
     "map": "llm_atlas.book.site.concept_map:markdown",
     "tables": "llm_atlas.book.site.tables:markdown",
