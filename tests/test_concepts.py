@@ -112,6 +112,52 @@ def test_every_concept_says_two_things_in_a_sentence_each() -> None:
     assert len(set(facts)) == len(facts)
 
 
+def reading_path(target: str) -> set[str]:
+    """All that `target` needs, directly or not, and itself."""
+    concepts = load_concepts()
+    found: set[str] = set()
+    left = [target]
+    while left:
+        id = left.pop()
+        if id not in found:
+            found.add(id)
+            left += concepts[id].needs
+    return found
+
+
+DECODER = """
+    self-attention multi-head-attention causal-mask feed-forward residual layer-norm positional-encoding
+    decoder-only
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "after_the_decoder"),
+    [
+        ("kv-cache", "kv-cache"),
+        ("dpo", "causal-lm full-fine-tuning rlhf-ppo dpo"),
+        ("grpo", "causal-lm full-fine-tuning rlhf-ppo grpo"),
+        ("qlora", "causal-lm full-fine-tuning lora qlora"),
+        ("speculative-decoding", "causal-lm kv-cache speculative-decoding"),
+        ("beam-search", "causal-lm kv-cache greedy beam-search"),
+        ("yarn", "rope causal-lm ntk-rope position-interpolation yarn"),
+        ("mla", "rope kv-cache low-rank gqa mla"),
+        ("fsdp", "causal-lm mixed-precision gradient-accumulation adamw data-parallel zero fsdp"),
+        ("rag", "encoder-only causal-lm full-fine-tuning instruction-tuning rag"),
+    ],
+)
+def test_a_reading_path_misses_no_step_and_carries_no_baggage(target: str, after_the_decoder: str) -> None:
+    assert reading_path(target) == set(f"{DECODER} {after_the_decoder}".split())
+
+
+def test_every_concept_stands_on_another_or_carries_one() -> None:
+    """Roots are few and known, and whatever needs nothing is needed."""
+    concepts = load_concepts()
+    roots = {c.id for c in concepts.values() if not c.needs}
+    assert roots == {"self-attention", "feed-forward", "bpe", "bleu"}
+    assert roots <= {need for c in concepts.values() for need in c.needs}
+
+
 def test_sources_exist_and_none_is_idle() -> None:
     known = set(parse_file(bundled("references.bib")).entries)
     cited = {key for concept in load_concepts().values() for key in concept.sources}
