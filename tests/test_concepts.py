@@ -103,6 +103,75 @@ def test_names_are_distinct() -> None:
             assert seen.setdefault(name.lower(), concept.id) == concept.id, f"{name!r}: {concept.id}"
 
 
+ABBREVIATIONS = {
+    "self-attention": "SDPA",
+    "multi-head-attention": "MHA",
+    "rope": "RoPE",
+    "nope": "NoPE",
+    "alibi": "ALiBi",
+    "mixture-of-experts": "MoE",
+    "multimodal": "ViT VLM",
+    "bpe": "BPE",
+    "byte-level-bpe": "BBPE",
+    "causal-lm": "CLM",
+    "masked-lm": "MLM",
+    "multi-token-prediction": "MTP",
+    "contrastive-image-text": "CLIP",
+    "full-fine-tuning": "SFT",
+    "lora": "LoRA PEFT",
+    "qlora": "QLoRA NF4",
+    "rlhf-ppo": "RLHF PPO",
+    "grpo": "GRPO",
+    "dpo": "DPO IPO",
+    "kto": "KTO",
+    "rlvr": "RLVR",
+    "constitutional-ai": "CAI",
+    "reward-model": "RM",
+    "inference-quantization": "INT8",
+    "flash-attention-2-3": "FA2 FA3 FP8",
+    "mixed-precision": "AMP FP16 BF16",
+    "data-parallel": "DDP",
+    "tensor-parallel": "TP",
+    "pipeline-parallel": "PP",
+    "sequence-parallel": "SP",
+    "fsdp": "FSDP",
+    "ptq": "PTQ GPTQ AWQ INT4",
+    "distillation": "KD",
+    "qat": "QAT STE",
+    "low-rank": "SVD",
+    "rag": "RAG BM25",
+    "position-interpolation": "PI",
+    "sliding-window": "SWA",
+    "chain-of-thought": "CoT",
+    "tree-of-thoughts": "ToT",
+    "skeleton-of-thought": "SoT",
+    "in-context-learning": "ICL",
+    "swiglu": "SwiGLU SiLU GLU",
+    "perplexity": "PPL",
+    "gqa": "GQA",
+    "mla": "MLA",
+    "mqa": "MQA",
+    "multi-task": "MTL",
+    "continual": "EWC",
+    "data-augmentation": "EDA",
+    "slerp": "SLERP",
+    "tool-use": "MCP",
+}
+
+
+def test_the_usual_abbreviations_lead_to_their_concept() -> None:
+    """As a whole name or alias, in the usual spelling; in parentheses behind a name is not enough."""
+    leads = {name: c.id for c in load_concepts().values() for name in (c.name, *c.aliases)}
+    wanted = {short: id for id, shorts in ABBREVIATIONS.items() for short in shorts.split()}
+    assert {short: leads.get(short) for short in wanted} == wanted
+
+
+def test_an_alias_says_something_new() -> None:
+    for concept in load_concepts().values():
+        names = [name.lower() for name in (concept.name, *concept.aliases)]
+        assert len(set(names)) == len(names), concept.id
+
+
 def test_every_concept_says_two_things_in_a_sentence_each() -> None:
     for concept in load_concepts().values():
         assert len(concept.facts) == 2, concept.id
