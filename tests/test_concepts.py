@@ -103,6 +103,75 @@ def test_names_are_distinct() -> None:
             assert seen.setdefault(name.lower(), concept.id) == concept.id, f"{name!r}: {concept.id}"
 
 
+ABBREVIATIONS = {
+    "self-attention": "SDPA",
+    "multi-head-attention": "MHA",
+    "rope": "RoPE",
+    "nope": "NoPE",
+    "alibi": "ALiBi",
+    "mixture-of-experts": "MoE",
+    "multimodal": "ViT VLM",
+    "bpe": "BPE",
+    "byte-level-bpe": "BBPE",
+    "causal-lm": "CLM",
+    "masked-lm": "MLM",
+    "multi-token-prediction": "MTP",
+    "contrastive-image-text": "CLIP",
+    "full-fine-tuning": "SFT",
+    "lora": "LoRA PEFT",
+    "qlora": "QLoRA NF4",
+    "rlhf-ppo": "RLHF PPO",
+    "grpo": "GRPO",
+    "dpo": "DPO IPO",
+    "kto": "KTO",
+    "rlvr": "RLVR",
+    "constitutional-ai": "CAI",
+    "reward-model": "RM",
+    "inference-quantization": "INT8",
+    "flash-attention-2-3": "FA2 FA3 FP8",
+    "mixed-precision": "AMP FP16 BF16",
+    "data-parallel": "DDP",
+    "tensor-parallel": "TP",
+    "pipeline-parallel": "PP",
+    "sequence-parallel": "SP",
+    "fsdp": "FSDP",
+    "ptq": "PTQ GPTQ AWQ INT4",
+    "distillation": "KD",
+    "qat": "QAT STE",
+    "low-rank": "SVD",
+    "rag": "RAG BM25",
+    "position-interpolation": "PI",
+    "sliding-window": "SWA",
+    "chain-of-thought": "CoT",
+    "tree-of-thoughts": "ToT",
+    "skeleton-of-thought": "SoT",
+    "in-context-learning": "ICL",
+    "swiglu": "SwiGLU SiLU GLU",
+    "perplexity": "PPL",
+    "gqa": "GQA",
+    "mla": "MLA",
+    "mqa": "MQA",
+    "multi-task": "MTL",
+    "continual": "EWC",
+    "data-augmentation": "EDA",
+    "slerp": "SLERP",
+    "tool-use": "MCP",
+}
+
+
+def test_the_usual_abbreviations_lead_to_their_concept() -> None:
+    """As a whole name or alias, in the usual spelling; in parentheses behind a name is not enough."""
+    leads = {name: c.id for c in load_concepts().values() for name in (c.name, *c.aliases)}
+    wanted = {short: id for id, shorts in ABBREVIATIONS.items() for short in shorts.split()}
+    assert {short: leads.get(short) for short in wanted} == wanted
+
+
+def test_an_alias_says_something_new() -> None:
+    for concept in load_concepts().values():
+        names = [name.lower() for name in (concept.name, *concept.aliases)]
+        assert len(set(names)) == len(names), concept.id
+
+
 def test_every_concept_says_two_things_in_a_sentence_each() -> None:
     for concept in load_concepts().values():
         assert len(concept.facts) == 2, concept.id
@@ -110,6 +179,52 @@ def test_every_concept_says_two_things_in_a_sentence_each() -> None:
             assert re.fullmatch(r"[A-Z].{30,230}\.", fact), f"{concept.id}: {fact!r}"
     facts = [fact for concept in load_concepts().values() for fact in concept.facts]
     assert len(set(facts)) == len(facts)
+
+
+def reading_path(target: str) -> set[str]:
+    """All that `target` needs, directly or not, and itself."""
+    concepts = load_concepts()
+    found: set[str] = set()
+    left = [target]
+    while left:
+        id = left.pop()
+        if id not in found:
+            found.add(id)
+            left += concepts[id].needs
+    return found
+
+
+DECODER = """
+    self-attention multi-head-attention causal-mask feed-forward residual layer-norm positional-encoding
+    decoder-only
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "after_the_decoder"),
+    [
+        ("kv-cache", "kv-cache"),
+        ("dpo", "causal-lm full-fine-tuning rlhf-ppo dpo"),
+        ("grpo", "causal-lm full-fine-tuning rlhf-ppo grpo"),
+        ("qlora", "causal-lm full-fine-tuning lora qlora"),
+        ("speculative-decoding", "causal-lm kv-cache speculative-decoding"),
+        ("beam-search", "causal-lm kv-cache greedy beam-search"),
+        ("yarn", "rope causal-lm ntk-rope position-interpolation yarn"),
+        ("mla", "rope kv-cache low-rank gqa mla"),
+        ("fsdp", "causal-lm mixed-precision gradient-accumulation adamw data-parallel zero fsdp"),
+        ("rag", "encoder-only causal-lm full-fine-tuning instruction-tuning rag"),
+    ],
+)
+def test_a_reading_path_misses_no_step_and_carries_no_baggage(target: str, after_the_decoder: str) -> None:
+    assert reading_path(target) == set(f"{DECODER} {after_the_decoder}".split())
+
+
+def test_every_concept_stands_on_another_or_carries_one() -> None:
+    """Roots are few and known, and whatever needs nothing is needed."""
+    concepts = load_concepts()
+    roots = {c.id for c in concepts.values() if not c.needs}
+    assert roots == {"self-attention", "feed-forward", "bpe", "bleu"}
+    assert roots <= {need for c in concepts.values() for need in c.needs}
 
 
 def test_sources_exist_and_none_is_idle() -> None:
