@@ -10,6 +10,7 @@
   const inside = root.querySelector(".atlas-map-inside");
   const svg = root.querySelector(".atlas-map-drawing");
   const status = root.querySelector(".atlas-map-status");
+  const bar = root.querySelector(".atlas-map-bar");
   const filter = root.querySelector("#atlas-map-filter");
   const select = root.querySelector("#atlas-map-target");
   const panel = root.querySelector(".atlas-map-path");
@@ -122,7 +123,7 @@
     });
     for (const edge of edges) {
       const { from, to } = edge.dataset;
-      if (edge.classList.contains("need") && on.has(from) && on.has(to)) edge.classList.add("before", "direct");
+      if (edge.classList.contains("need") && on.has(from) && on.has(to)) edge.classList.add("before", "onpath");
     }
   };
 
@@ -133,10 +134,10 @@
     const before = reach(id, needsOf).size;
     const after = reach(id, usersOf).size;
     const rests = before
-      ? `${name} rests on ${plural(before, "concept")}, directly on ${enumerate(needs)}`
-      : `${name} rests on no other concept`;
+      ? `${name}: rests on ${plural(before, "concept")}, directly on ${enumerate(needs)}`
+      : `${name}: rests on no other concept`;
     const builds = after ? `${after} build${after === 1 ? "s" : ""} on it` : "none builds on it";
-    const ahead = previews.length ? ` It looks ahead to ${enumerate(previews)}.` : "";
+    const ahead = previews.length ? ` Looks ahead to ${enumerate(previews)}.` : "";
     return `${rests}; ${builds}.${ahead}`;
   };
   const say = () => {
@@ -178,11 +179,11 @@
   // ---- keys: one stop for Tab, arrows between neighbours
 
   const stops = [...svg.querySelectorAll("a")].map((link) => {
-    const { x, y, width, height } = link.querySelector("rect").getBBox();
-    return { link, column: Math.round(x / 100), middle: y + height / 2, width };
+    const [x, y, height] = ["x", "y", "height"].map((name) => Number(link.querySelector("rect").getAttribute(name)));
+    // a title begins a little left of its nodes: both round to one column
+    return { link, column: Math.round(x / 100), middle: y + height / 2 };
   });
   const columns = [...new Set(stops.map(({ column }) => column))].sort((a, b) => a - b);
-  // a title's rectangle begins a little left of its nodes': both round to one column
   const inColumn = (column) => stops.filter((stop) => stop.column === column).sort((a, b) => a.middle - b.middle);
   const enter = (stop) => {
     for (const { link } of stops) link.setAttribute("tabindex", link === stop.link ? "0" : "-1");
@@ -190,7 +191,13 @@
   enter(stops.find(({ link }) => link.classList.contains("node")));
   svg.addEventListener("focusin", (event) => {
     const stop = stops.find(({ link }) => link === event.target.closest("a"));
-    if (stop) enter(stop);
+    if (!stop) return;
+    enter(stop);
+    // not below what sticks to the top
+    const { top, bottom } = stop.link.getBoundingClientRect();
+    const covered = bar.getBoundingClientRect().bottom + 6;
+    if (top < covered) scrollBy(0, top - covered);
+    else if (bottom > innerHeight - 6) scrollBy(0, bottom - innerHeight + 6);
   });
   svg.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -204,18 +211,18 @@
       const away = (stop) => Math.abs(stop.middle - here.middle);
       return inColumn(next).reduce((best, stop) => (away(stop) < away(best) ? stop : best));
     };
-    const next = {
+    const moves = {
       ArrowUp: () => column[row - 1],
       ArrowDown: () => column[row + 1],
       ArrowLeft: () => beside(-1),
       ArrowRight: () => beside(1),
       Home: () => column[0],
       End: () => column.at(-1),
-    }[event.key];
+    };
     if (event.key === "Escape") point("");
-    if (!next) return;
+    if (!Object.hasOwn(moves, event.key)) return;
     event.preventDefault();
-    next()?.link.focus();
+    moves[event.key]()?.link.focus({ preventScroll: true });
   });
 
   // ---- filter
@@ -342,7 +349,7 @@
     });
     panel.replaceChildren(head, list);
     if (skipped.length) {
-      const rest = make("ul", { "aria-label": "Left out, because you know them" });
+      const rest = make("ul", { "aria-label": "Left out, because you know them" }, make("li", {}, "You know:"));
       for (const id of skipped) rest.append(make("li", {}, tick(id, concepts.get(id).name)));
       panel.append(rest);
     }
@@ -370,7 +377,7 @@
 
   /* The address keeps the target, so that a path can be shared and the back button returns to the last one. */
   const asked = () => {
-    const id = decodeURIComponent(/^#path=(.*)$/.exec(location.hash)?.[1] || "");
+    const id = /^#path=(.*)$/.exec(location.hash)?.[1] || "";
     return concepts.has(id) ? id : "";
   };
   const keep = (id) => {
@@ -379,7 +386,9 @@
   };
   select.addEventListener("change", () => keep(select.value));
   window.addEventListener("popstate", () => {
-    if (asked() !== target) go(asked());
+    if (asked() === target) return;
+    go(asked());
+    if (target) panel.scrollIntoView({ block: "nearest" });
   });
   if (asked()) {
     go(asked());

@@ -239,7 +239,7 @@ def _node(concept: Concept, box: Box) -> str:
         f' aria-label="{html.escape(label)}">'
         f'<rect x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}" rx="5"/>'
         f"{_mark(concept.state, x, y)}"
-        f'<text class="step" x="{x:g}" y="{y + 4:g}"></text>'
+        f'<text class="step" x="{x - 1:g}" y="{y + 4:g}"></text>'
         f"{_text('name', box.x + _MARK, box.y + _NODE_PAD + _LINE - 3.5, box.lines, _LINE)}</a>"
     )
 
@@ -317,7 +317,8 @@ def _list(order: Sequence[Chapter], concepts: Mapping[str, Concept]) -> str:
         whole = "Its table" if "#" in link else "The whole chapter"
         rows.append(
             f'<details class="part-{parts[chapter.number]}" data-chapter="{chapter.number}">'
-            f"<summary><b>{chapter.number}</b> <span>{html.escape(chapter.title)}</span> <small>{count}</small></summary>"
+            f"<summary><b>{chapter.number}</b> <span>{html.escape(chapter.title)}</span>"
+            f" <small>{count}</small></summary>"
             f'<ul>{entries}</ul><p><a href="{html.escape(link)}">{whole}</a></p></details>'
         )
     return f'<div class="atlas-map-list">{"".join(rows)}</div>'
