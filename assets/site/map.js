@@ -170,9 +170,12 @@
     if (event.pointerType !== "touch") point(at(event));
   });
   svg.addEventListener("pointerleave", () => point(focused()));
-  svg.addEventListener("focusin", (event) => point(at(event)));
-  svg.addEventListener("focusout", (event) => {
-    if (!svg.contains(event.relatedTarget)) point("");
+  // listened for around the drawing: an svg element that hears of focus itself becomes a stop for Tab
+  inside.addEventListener("focusin", (event) => {
+    if (svg.contains(event.target)) point(at(event));
+  });
+  inside.addEventListener("focusout", (event) => {
+    if (svg.contains(event.target) && !svg.contains(event.relatedTarget)) point("");
   });
   const focused = () => (svg.contains(document.activeElement) ? at({ target: document.activeElement }) : "");
 
@@ -189,15 +192,15 @@
     for (const { link } of stops) link.setAttribute("tabindex", link === stop.link ? "0" : "-1");
   };
   enter(stops.find(({ link }) => link.classList.contains("node")));
-  svg.addEventListener("focusin", (event) => {
-    const stop = stops.find(({ link }) => link === event.target.closest("a"));
+  inside.addEventListener("focusin", (event) => {
+    const stop = stops.find(({ link }) => link === event.target);
     if (!stop) return;
     enter(stop);
     // not below what sticks to the top
     const { top, bottom } = stop.link.getBoundingClientRect();
     const covered = bar.getBoundingClientRect().bottom + 6;
-    if (top < covered) scrollBy(0, top - covered);
-    else if (bottom > innerHeight - 6) scrollBy(0, bottom - innerHeight + 6);
+    const by = top < covered ? top - covered : Math.max(0, bottom - innerHeight + 6);
+    if (by) scrollBy({ top: by, behavior: "instant" });
   });
   svg.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;

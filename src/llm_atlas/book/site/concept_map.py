@@ -252,8 +252,8 @@ def _panel_svg(chapter: Chapter, part: int, drawing: Drawing, concepts: Mapping[
         f'<rect class="ground" x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}" rx="8"/>'
         f'<a class="title" href="{html.escape(_chapter_address(chapter, concepts))}"'
         f' aria-label="Chapter {chapter.number}: {html.escape(chapter.title)}">'
-        f'<rect class="bar" x="{box.x:g}" y="{box.y:g}" width="{box.width:g}"'
-        f' height="{_TITLE_PAD * 2 + _TITLE_LINE * len(box.lines) - 4:g}" rx="8"/>'
+        f'<rect class="bar" x="{box.x + 1:g}" y="{box.y + 1:g}" width="{box.width - 2:g}"'
+        f' height="{_TITLE_PAD * 2 + _TITLE_LINE * len(box.lines) - 5:g}" rx="7"/>'
         f'<text class="number" x="{box.x + _PAD + 11:g}" y="{box.y + head:g}">{chapter.number}</text>'
         f"{_text('heading', box.x + _PAD + _MARK + 2, box.y + head, box.lines, _TITLE_LINE)}</a>"
         f"{''.join(_node(concepts[id_], drawing.nodes[id_]) for id_ in chapter.concepts)}</g>"
