@@ -298,8 +298,9 @@ def _process_docstring(
 def _process_signature(
     app: Sphinx, what: str, name: str, thing: object, options: object, signature: str | None, result: str
 ) -> tuple[str, str] | None:
-    if what == "class" and getattr(thing, "_is_protocol", False):
-        return "", ""  # a protocol is not called
+    # A protocol is not called, and what takes anything takes nothing of its own: say no more than is known.
+    if what == "class" and signature and re.fullmatch(r"\(\*args(: \S+)?, \*\*kwargs(: \S+)?\)", signature):
+        return "", ""
     return None
 
 

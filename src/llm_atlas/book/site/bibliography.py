@@ -61,10 +61,9 @@ class AtlasStyle(Unsorted):
 
         def format_data(data: dict[str, Any]) -> Text:
             text = made.format_data(data)
-            plain = str(text)
             for end in (", and others", " and others"):
-                if plain.endswith(end):
-                    text = text[: len(plain) - len(end)] + " et al."
+                if text.endswith(end):
+                    text = text[: -len(end)] + " et al."
                     break
             return text.add_period() if as_sentence else text
 

@@ -16,7 +16,7 @@ __all__ = ["escape", "markdown_to_rst"]
 # "ids: the text as bytes" or "`rotate`  turns queries": what a line says of one argument, field or method
 _ITEM = re.compile(r"(?P<tick>`?)(?P<name>[A-Za-z_]\w*)(?P=tick)(?P<colon>:?)(?P<gap> +)(?=\S)")
 _SENTENCE = re.compile(r"(Cost|Errors|Raises|Use)\b[: ]")
-_ENVIRONMENT = re.compile(r"\$[A-Z][A-Z_]+\b(?!\$)")
+_ENVIRONMENT = re.compile(r"\$[A-Z]+(_[A-Z]+)+\b(?!\$)")
 
 
 def escape(text: str) -> str:
@@ -50,7 +50,9 @@ def _itemize(text: str, names: Collection[str]) -> str:
     for line in text.split("\n"):
         found = _ITEM.match(line)
         aligned = found is not None and (len(found["gap"]) > 1 or found.end() == column)
-        is_item = found and (found["colon"] or found["tick"]) and (found["name"] in names or aligned)
+        is_item = found and (
+            found["name"] in names or aligned if found["colon"] else found["tick"] and aligned
+        )
         if not line.strip() or line.startswith("    "):
             if column and line.strip():
                 out.append("  " + line.strip())
@@ -163,4 +165,4 @@ def _inline(tokens: Sequence[Token], link: Callable[[str], str | None]) -> str:
             out[start:] = [rf"\ `{shown} <{href}>`__\ "]
         else:
             raise ValueError(f"{kind} in a docstring: use text, code, formulas, emphasis and links")
-    return "".join(out).strip() if not "".join(out).startswith("\\ ") else "".join(out).rstrip(" ")
+    return "".join(out).strip()
