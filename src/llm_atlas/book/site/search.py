@@ -5,6 +5,7 @@ entries for all it is called by, in the search index alone: the general index ke
 A result is titled with the concept's name; the page's title, Sphinx's own choice, is the same for a whole chapter.
 """
 
+import functools
 import html
 import json
 import re
@@ -19,7 +20,7 @@ from sphinx.application import Sphinx
 from llm_atlas.book.concepts import Chapter, Concept, chapters, load_concepts
 from llm_atlas.core.assets import bundled
 
-__all__ = ["queries", "result_titles", "setup"]
+__all__ = ["entries", "queries", "result_titles", "setup"]
 
 
 def queries(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -52,11 +53,11 @@ def entries(concepts: Mapping[str, Concept]) -> dict[str, list[str]]:
     for concept in concepts.values():
         for text in queries(concept)[0]:
             called[text].add(concept.id)
+    # the very name of another concept belongs to that one, though a symbol be called the same
+    own = {concept.name.lower(): concept.id for concept in concepts.values()}
     found = {}
     for concept in concepts.values():
         named, derived = queries(concept)
-        # the very name of another concept belongs to that one, though a symbol be called the same
-        own = {other.name.lower(): other.id for other in concepts.values()}
         kept = [text for text in named if own.get(text, concept.id) == concept.id]
         found[concept.id] = kept + [text for text in derived if not called[text] - {concept.id}]
     return found
@@ -89,14 +90,18 @@ def _write_scorer(app: Sphinx) -> None:
 def _add_entries(app: Sphinx, doctree: nodes.document, page: str) -> None:
     if app.builder.format != "html":
         return
-    concepts = load_concepts()
     labels = app.env.domains["std"].data["anonlabels"]
-    for id_, texts in entries(concepts).items():
+    for id_, texts in _entries().items():
         where, anchor = labels.get(id_, ("", ""))
         if where == page:
             # the doctree of this build's output alone, so that genindex does not list every spelling
             rows = [("single", text, anchor, "main", None) for text in texts]
             doctree += addnodes.index(entries=rows)
+
+
+@functools.cache
+def _entries() -> dict[str, list[str]]:
+    return entries(load_concepts())
 
 
 def setup(app: Sphinx) -> None:
