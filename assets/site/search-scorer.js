@@ -19,3 +19,22 @@ var Scorer = {
     return result[4];
   },
 };
+
+// A single letter ("top-p") would match, and be marked, in every word.
+var splitQuery = (query) => {
+  const words = query.split(/[^\p{Letter}\p{Number}_\p{Emoji_Presentation}]+/gu).filter((word) => word);
+  const long = words.filter((word) => word.length > 1);
+  return long.length ? long : words;
+};
+
+// The summary of a result is of the page's text; Sphinx would begin with the buttons above it.
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  const whole = Search.htmlToText;
+  Search.htmlToText = (text, anchor) => {
+    const article = new DOMParser().parseFromString(text, "text/html").querySelector("article.bd-article");
+    if (anchor || !article) return whole(text, anchor);
+    article.querySelectorAll(".headerlink, script, style, nav").forEach((one) => one.remove());
+    return article.textContent.replace(/\s+/g, " ");
+  };
+});

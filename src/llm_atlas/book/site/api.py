@@ -76,7 +76,7 @@ class Module:
 def modules() -> dict[str, Module]:
     """All public modules of the package by dotted name, a package before its modules."""
     found = {}
-    for path in sorted(_ROOT.rglob("*.py"), key=lambda path: path.parent.parts + (path.stem,)):
+    for path in sorted(_ROOT.rglob("*.py"), key=lambda path: (*path.parent.parts, path.stem)):
         parts = path.relative_to(_ROOT).with_suffix("").parts
         is_package = parts[-1] == "__init__"
         parts = parts[:-1] if is_package else parts
@@ -172,7 +172,9 @@ def _section(module: Module) -> str:
                 lines += ["   :special-members: __call__"] * (f"{name}.__call__" in module.methods)
         lines.append("")
     body = "\n".join(lines)
-    return f"## {module.name.removeprefix(f'{PACKAGE}.')}\n\n```{{eval-rst}}\n{body}```"
+    file = module.path.relative_to(_ROOT.parent).as_posix()
+    title = module.name.removeprefix(f"{PACKAGE}.")
+    return f"## {title}\n\nFile `src/{file}`.\n\n```{{eval-rst}}\n{body}```"
 
 
 def _commands() -> list[str]:
@@ -307,7 +309,9 @@ def _process_signature(
 # ---- from a concept's section to its symbol
 
 
-def _reference(app: Sphinx, page: str, target: tuple[str, str] | None, label: nodes.Node) -> nodes.Node | None:
+def _reference(
+    app: Sphinx, page: str, target: tuple[str, str] | None, label: nodes.Node
+) -> nodes.Node | None:
     if target is None:
         return None
     return make_refnode(app.builder, page, target[0], target[1], label)
@@ -345,7 +349,9 @@ def _link_sections(app: Sphinx, doctree: nodes.document, page: str) -> None:
             section.insert(section.index(title) + 1, line)
 
 
-def _line(app: Sphinx, page: str, concept: Concept, labels: Mapping[str, tuple[str, str]]) -> nodes.Node | None:
+def _line(
+    app: Sphinx, page: str, concept: Concept, labels: Mapping[str, tuple[str, str]]
+) -> nodes.Node | None:
     parts: list[list[nodes.Node]] = []
     short = concept.symbol.rpartition(".")[2]
     symbol = _reference(app, page, _symbol_target(app.env, concept.symbol), nodes.literal("", short))
@@ -368,9 +374,31 @@ def _line(app: Sphinx, page: str, concept: Concept, labels: Mapping[str, tuple[s
     return line
 
 
+def _name_folds(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Give the theme's arrows beside pages with pages below them, as the package's has, a name to be read
+    aloud."""
+    draw = context.get("generate_toctree_html")
+    if draw is None:
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        tree = draw(*args, **kwargs)
+        if hasattr(tree, "select"):
+            for summary in tree.select("li > details > summary"):
+                link = summary.find_parent("li").find("a")
+                summary["aria-label"] = f"Pages of {link.get_text(strip=True)}"
+        return tree
+
+    context["generate_toctree_html"] = named
+
+
 def setup(app: Sphinx) -> None:
     """Connect the pages: docstrings, signatures, and the line under a concept's heading."""
     app.setup_extension("llm_atlas.book.site.bibliography")
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("doctree-resolved", _link_sections)
+    # after the theme, which puts the function there at 500
+    app.connect("html-page-context", _name_folds, priority=900)

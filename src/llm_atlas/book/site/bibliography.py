@@ -72,7 +72,9 @@ class AtlasStyle(Unsorted):
     def format_web_refs(self, e: Entry) -> Node:
         """The one best link."""
         return sentence[
-            first_of[optional[self.format_eprint(e)], optional[self.format_doi(e)], optional[self.format_url(e)]]
+            first_of[
+                optional[self.format_eprint(e)], optional[self.format_doi(e)], optional[self.format_url(e)]
+            ]
         ]
 
 

@@ -18,6 +18,8 @@ _ITEM = re.compile(r"(?P<tick>`?)(?P<name>[A-Za-z_]\w*)(?P=tick)(?P<colon>:?)(?P
 _SENTENCE = re.compile(r"(Cost|Errors|Raises|Use)\b[: ]")
 _ENVIRONMENT = re.compile(r"\$[A-Z]+(_[A-Z]+)+\b(?!\$)")
 
+_BLOCK = re.compile(r"\(?[A-Za-z0-9#]+[.)](\s|$)|[-+\u2022\u2023\u2043](\s|$)|\.\.|:|>>>|=|~|\"\"")
+
 
 def escape(text: str) -> str:
     """Plain text for reStructuredText: no character of it is markup."""
@@ -106,7 +108,9 @@ def _blocks(tokens: Sequence[Token], link: Callable[[str], str | None]) -> list[
             if tables:
                 tables[-1][-1].append(_inline(token.children or [], link))
             else:
-                put([_inline(token.children or [], link)])
+                text = _inline(token.children or [], link)
+                # a sentence that reStructuredText would take for a list or another block
+                put([rf"\ {text}" if _BLOCK.match(text) else text])
         elif kind in ("code_block", "fence"):
             language = token.info.split()[0] if token.info else "python"
             body = token.content.rstrip("\n").split("\n")

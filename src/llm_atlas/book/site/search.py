@@ -53,6 +53,8 @@ def entries(concepts: Mapping[str, Concept]) -> dict[str, list[str]]:
     for concept in concepts.values():
         for text in queries(concept)[0]:
             called[text].add(concept.id)
+        for text in (concept.name, *concept.aliases, concept.id):
+            called[re.sub(r"[-_]", " ", text.lower())].add(concept.id)
     # the very name of another concept belongs to that one, though a symbol be called the same
     own = {concept.name.lower(): concept.id for concept in concepts.values()}
     found = {}
