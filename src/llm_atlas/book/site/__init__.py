@@ -19,6 +19,15 @@ __all__ = ["FILES", "GENERATORS", "generate", "setup"]
 
 # The name on the page, and the function without arguments that writes it.
 GENERATORS = {
+    "api": "llm_atlas.book.site.api:index",
+    "api-core": "llm_atlas.book.site.api:core",
+    "api-parts": "llm_atlas.book.site.api:parts",
+    "api-models": "llm_atlas.book.site.api:models",
+    "api-methods": "llm_atlas.book.site.api:methods",
+    "api-systems": "llm_atlas.book.site.api:systems",
+    "api-recipes": "llm_atlas.book.site.api:recipes",
+    "api-book": "llm_atlas.book.site.api:book",
+    "api-cli": "llm_atlas.book.site.api:cli",
     "claims": "llm_atlas.book.site.claims:markdown",
     "front": "llm_atlas.book.site.front:markdown",
     "glossary": "llm_atlas.book.site.glossary:markdown",

@@ -1,0 +1,153 @@
+"""The search in a browser: every concept by whatever it is called, its own place first."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+from llm_atlas.book.concepts import load_concepts
+from llm_atlas.book.site.search import entries
+
+# What the search would show, best first, for many queries in one go.
+ASK = """queries => queries.map(query => {
+  const found = Search._performSearch(...Search._parseQuery(query)).reverse();
+  return found.slice(0, 8).map(([page, title, anchor, context]) => [page + anchor, title, context]);
+})"""
+
+
+def place(id_: str) -> str:
+    concept = load_concepts()[id_]
+    planned = concept.state == "planned"
+    return f"{'chapters/tables' if planned else f'chapters/{concept.chapter}'}#{id_}"
+
+
+@pytest.fixture(scope="module")
+def search_page(browser, site: str) -> Iterator:
+    page = browser.new_page()
+    page.goto(f"{site}search.html", wait_until="load")
+    page.wait_for_function("Search.hasIndex()")
+    yield page
+    page.close()
+
+
+def owners() -> dict[str, set[str]]:
+    """Every query that an entry answers, and the concepts it may mean."""
+    found = defaultdict(set)
+    for id_, texts in entries(load_concepts()).items():
+        for text in texts:
+            found[text].add(id_)
+    return found
+
+
+def test_every_concept_is_first_by_whatever_it_is_called(search_page) -> None:
+    wanted = owners()
+    assert {id_ for ids in wanted.values() for id_ in ids} == set(load_concepts())
+    texts = list(wanted)
+    for typed in (texts, [text.upper() for text in texts], [f" {text.title()} " for text in texts]):
+        answers = search_page.evaluate(ASK, typed)
+        wrong = [
+            (query, sorted(wanted[text]), [at for at, *_ in answer[:3]])
+            for text, query, answer in zip(texts, typed, answers, strict=True)
+            if {at for at, *_ in answer[: len(wanted[text])]} != {place(id_) for id_ in wanted[text]}
+        ]
+        assert wrong == []
+
+
+def test_a_name_or_abbreviation_means_one_concept() -> None:
+    for text, ids in owners().items():
+        if len(ids) > 1:  # only one function that serves several concepts
+            for id_ in ids:
+                concept = load_concepts()[id_]
+                assert text not in {concept.name.lower(), *(alias.lower() for alias in concept.aliases)}
+                assert text in {concept.symbol.lower(), concept.symbol.rpartition(".")[2].lower()}
+
+
+def test_a_planted_fault_is_found(search_page) -> None:
+    # without its entries a concept is not the first any more: this is what the test above would see
+    answers = search_page.evaluate(
+        "query => { const kept = Search._index.indexentries; Search._index.indexentries = {}; "
+        f"try {{ return ({ASK})([query]); }} finally {{ Search._index.indexentries = kept; }} }}",
+        "ppl",
+    )
+    assert [at for at, *_ in answers[0][:1]] != [place("perplexity")]
+
+
+def test_a_result_has_the_name_and_the_chapter(search_page) -> None:
+    for id_, concept in load_concepts().items():
+        (answer,) = search_page.evaluate(ASK, [concept.name])
+        at, title, context = answer[0]
+        assert at == place(id_)
+        shown = search_page.evaluate(
+            "text => { const e = document.createElement('p'); e.innerHTML = text; return e.innerText; }",
+            title,
+        )
+        assert shown == concept.name
+        assert f"chapter {concept.number}:" in context
+        assert ("planned" in context) == (concept.state == "planned")
+
+
+def test_the_start_of_a_name_is_enough(search_page) -> None:
+    (answer,) = search_page.evaluate(ASK, ["scaled_dot_product"])
+    assert answer[0][0] == place("self-attention")
+    (answer,) = search_page.evaluate(ASK, ["speculative"])
+    assert answer[0][0] == place("speculative-decoding")
+
+
+def test_a_symbol_has_its_own_entry_too(search_page) -> None:
+    dotted = "llm_atlas.nn.attention.scaled_dot_product_attention"
+    (answer,) = search_page.evaluate(ASK, [dotted])
+    assert answer[0][0] == place("self-attention")
+    (answer,) = search_page.evaluate(ASK, ["scaled_dot_product_attention"])
+    assert f"chapters/api/parts#{dotted}" in [at for at, *_ in answer[:3]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "id_"), [("self-attention", "self-attention"), ("Top-p", "top-p"), ("pass@k", "humaneval")]
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_type_and_go(browser, site: str, typed: str, id_: str, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.set_default_timeout(10_000)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(site) else problems.append(request.url))
+    page.goto(f"{site}chapters/licences.html", wait_until="load")
+    page.keyboard.press("Control+k")
+    page.wait_for_selector("input[name=q]:focus")
+    page.keyboard.type(typed)
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda url: "/search.html?q=" in url)
+    first = page.locator("#search-results ul.search li a").first
+    first.wait_for()
+    assert first.inner_text() == load_concepts()[id_].name
+    page.wait_for_load_state("networkidle")  # the summaries of other results
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda url: url.endswith(place(id_).replace("#", ".html#")))
+    assert page.evaluate("!!document.getElementById(decodeURIComponent(location.hash.slice(1)))")
+    assert [line for line in problems if not line.startswith("data:")] == []
+    page.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_results_are_accessible(browser, site: str, theme: str, width: int) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
+    page.goto(f"{site}search.html?q=attention", wait_until="networkidle")
+    page.wait_for_timeout(500)
+    page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
+    assert page.locator("#search-results li").count() > 5
+    found = axe.Axe().run(page).response["violations"]
+    serious = [
+        (one["id"], [node["html"] for node in one["nodes"]][:3])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    page.close()
