@@ -26,6 +26,7 @@ __all__ = ["PAGES", "Module", "Page", "concepts_of", "markdown", "modules", "set
 
 PACKAGE = "llm_atlas"
 _ROOT = Path(llm_atlas.__file__).parent
+_PARAMETERS = re.compile(r'<dl>\n((?:<dd><em class="sig-param">.*?</dd>\n)+)</dl>', re.DOTALL)
 # A value longer than this is not shown beside its constant.
 _SHOWN = 70
 
@@ -394,11 +395,25 @@ def _name_folds(
     context["generate_toctree_html"] = named
 
 
+def _mend_signatures(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Sphinx writes the lines of a long signature as a description list without terms, which is no valid one:
+    lines of text instead."""
+
+    def as_lines(found: re.Match[str]) -> str:
+        return found[1].replace("<dd>", '<span class="atlas-param">').replace("</dd>", "</span>")
+
+    if "body" in context:
+        context["body"] = _PARAMETERS.sub(as_lines, context["body"])
+
+
 def setup(app: Sphinx) -> None:
     """Connect the pages: docstrings, signatures, and the line under a concept's heading."""
     app.setup_extension("llm_atlas.book.site.bibliography")
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("doctree-resolved", _link_sections)
+    app.connect("html-page-context", _mend_signatures)
     # after the theme, which puts the function there at 500
     app.connect("html-page-context", _name_folds, priority=900)
