@@ -22,6 +22,7 @@ GENERATORS = {
     "claims": "llm_atlas.book.site.claims:markdown",
     "glossary": "llm_atlas.book.site.glossary:markdown",
     "map": "llm_atlas.book.site.concept_map:markdown",
+    "syllabus": "llm_atlas.book.course:syllabus",
     "tables": "llm_atlas.book.site.tables:markdown",
 }
 # A class on a page, and what that page then loads from assets/site.
