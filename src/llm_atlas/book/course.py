@@ -721,6 +721,7 @@ def write_course(
         (root / "nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
         exercises = {number: _write_source(path, root) for number, path in chosen.items()}
         _release(root)
+        _check_release(root)
         _write_points(exercises, root)
         (root / "syllabus.md").write_text(f"# Syllabus\n\n{syllabus(link=False)}", encoding="utf-8")
         (root / "README.md").write_text(_README, encoding="utf-8")
@@ -755,7 +756,7 @@ def _release(root: Path) -> None:
     # nbgrader starts alembic by its bare name, which a virtual environment that is not activated does not have
     environment = os.environ | {
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
-        "JUPYTER_CONFIG_DIR": str(root / ".jupyter"),  # not the user's settings: a course folder, other stubs
+        "JUPYTER_CONFIG_DIR": str(root.parent / "jupyter"),  # the user's own settings may name other folders
     }
     command = [sys.executable, "-m", "nbgrader", "generate_assignment", "--assignment=*"]
     try:
@@ -772,10 +773,22 @@ def _release(root: Path) -> None:
     except subprocess.TimeoutExpired:
         raise ValueError(f"nbgrader made no release within {RELEASE_SECONDS} s") from None
     except subprocess.CalledProcessError as error:
-        told = [line for line in error.stdout.splitlines() if "Error" in line] or [
-            f"status {error.returncode}"
-        ]
-        raise ValueError(f"nbgrader made no release: {told[0].strip()}") from None
+        told = [line for line in error.stdout.splitlines() if "ERROR" in line or "Error:" in line]
+        reason = told[0].strip() if told else f"status {error.returncode}"
+        raise ValueError(f"nbgrader made no release: {reason}") from None
+
+
+def _check_release(root: Path) -> None:
+    """nbgrader passes over a configuration that it cannot read; then the release would tell too much."""
+    import nbformat
+
+    for path in sorted((root / "release").glob("*/*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for secret in ("BEGIN SOLUTION", "BEGIN HIDDEN TESTS"):
+                if secret in cell.source:
+                    raise ValueError(f"the release of {path.parent.name} still holds {secret}")
+            if INSTRUCTOR in cell.metadata.get("tags", []):
+                raise ValueError(f"the release of {path.parent.name} still holds the instructor's notes")
 
 
 def _write_points(exercises: Mapping[int, Sequence[Exercise]], root: Path) -> None:
