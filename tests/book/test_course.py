@@ -571,7 +571,7 @@ def test_the_weeks_are_of_like_size():
 def test_the_syllabus_says_what_is_written():
     text = syllabus()
     assert "[1. Core Transformer Architecture](01-core-transformer.ipynb), written" in text
-    assert "| 15 | 9, 27 points |" in text
+    assert "15 concepts; written: 9 exercises, 27 points |" in text
     for chapter in chapters():
         assert text.count(f"[{chapter.number}. {chapter.title}](") == len(PLANS)
     assert "](" not in syllabus(link=False)

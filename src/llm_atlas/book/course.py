@@ -626,16 +626,17 @@ def syllabus(*, link: bool = True) -> str:
     """
     parts = []
     for name, plan in PLANS.items():
-        rows = ["| Week | Chapters | Concepts | Exercises | To do together |", "|---|---|---|---|---|"]
+        rows = ["| Week | Chapters | To do together |", "|--:|---|---|"]
         for number, week in enumerate(plan, start=1):
             titles = "<br>".join(_title(chapter, link) for chapter in _of(week))
-            concepts = sum(len(chapter.concepts) for chapter in _of(week))
-            done = sum(_exercises(chapter) for chapter in _of(week))
-            worth = f"{done}, {done * (EXAMPLE_POINTS + FRESH_POINTS)} points" if done else "planned"
-            rows.append(
-                f"| {number} | **{week.theme}**<br>{titles} | {concepts} | {worth} | {week.activity} |"
-            )
-        parts.append(f"### {name}\n\n" + "\n".join(rows))
+            size = f"{sum(len(chapter.concepts) for chapter in _of(week))} concepts"
+            if done := sum(_exercises(chapter) for chapter in _of(week)):
+                size += f"; written: {done} exercises, {done * (EXAMPLE_POINTS + FRESH_POINTS)} points"
+            rows.append(f"| {number} | **{week.theme}**<br>{titles}<br>{size} | {week.activity} |")
+        table = "\n".join(rows)
+        if link:
+            table = f"```{{table}}\n:widths: 8 54 38\n\n{table}\n```"
+        parts.append(f"### {name}\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
