@@ -10,7 +10,8 @@ PYTHON ?= python3
 PORT ?= 8000
 # Extra arguments for pip, such as an index with smaller builds of torch: make book PIP_ARGS="--extra-index-url URL"
 PIP_ARGS ?=
-# The notebooks of `make chapters`, or the numbers of `make course`; REFRESH=1 replaces the stored outputs of tagged cells too.
+# The notebooks of `make chapters`, or the numbers of `make course`. REFRESH=1 replaces the stored outputs of tagged
+# cells too.
 CHAPTERS ?=
 REFRESH ?=
 
