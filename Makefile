@@ -10,7 +10,8 @@ PYTHON ?= python3
 PORT ?= 8000
 # Extra arguments for pip, such as an index with smaller builds of torch: make book PIP_ARGS="--extra-index-url URL"
 PIP_ARGS ?=
-# The notebooks of `make chapters`; REFRESH=1 replaces the stored outputs of tagged cells too.
+# The notebooks of `make chapters`, or the numbers of `make course`. REFRESH=1 replaces the stored outputs of tagged
+# cells too.
 CHAPTERS ?=
 REFRESH ?=
 
@@ -47,6 +48,7 @@ help:  ## this list
 	@echo '  make chapters CHAPTERS=chapters/01-core-transformer.ipynb   only this one'
 	@echo '  make chapters REFRESH=1     also new outputs for cells tagged nbval-ignore-output (timings, trained losses),'
 	@echo '                              which otherwise stay while the code above them is unchanged'
+	@echo '  make course CHAPTERS="1 2"  only these chapters'
 	@echo '  make serve PORT=8001        on another port'
 	@echo '  make book PYTHON=python3.12 with another Python (for a new .venv)'
 
@@ -66,7 +68,11 @@ help:  ## this list
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/.stamp-test: .venv/.stamp-book requirements-test.txt
+.venv/.stamp-course: .venv/.stamp-book requirements-course.txt
+	$(PIP) -r requirements-course.txt
+	@touch $@
+
+.venv/.stamp-test: .venv/.stamp-book requirements-test.txt requirements-course.txt
 	$(PIP) -r requirements-test.txt
 	@touch $@
 
@@ -102,6 +108,10 @@ serve: book  ## serve the built site on this machine
 chapters: assets  ## execute the notebooks in place, in one normal form
 	@$(PY) -c 'import matplotlib.font_manager'
 	@$(ONE_THREAD) $(LIMIT) 3600 $(PY) tools/execute_chapters.py $(if $(REFRESH),--refresh) $(CHAPTERS)
+
+.PHONY: course
+course: setup .venv/.stamp-course  ## chapters as nbgrader assignments, in _build/course
+	@$(LIMIT) 600 $(BIN)/llm-atlas course $(CHAPTERS)
 
 # ------------------------------------------------------------------------------------------ the tests
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -98,6 +99,7 @@ def test_generate_refuses(arguments, told):
         ("generate", "x", "--temperature", "-1"),
         ("concepts", "--state", "finished"),
         ("concepts", "--chapter", "one"),
+        ("course", "one"),
         ("write",),
     ],
 )
@@ -140,6 +142,30 @@ def test_concepts():
     counts = [int(run("concepts", "--state", state).stdout.splitlines()[-1].split()[0]) for state in STATES]
     assert sum(counts) == 147
     assert "chapter 23 must be 1 to 22" in fails("concepts", "--chapter", "23")
+
+
+def test_course(monkeypatch, tmp_path):
+    from llm_atlas.book import course
+
+    asked = []
+    rows = (course.Exercise(concept="rope", title="Turn"),)
+    monkeypatch.setattr(
+        course, "write_course", lambda *given, **named: asked.append((given, named)) or {2: rows, 3: rows * 2}
+    )
+    result = run("course", "2", "3", "--output", str(tmp_path / "c"))
+    assert result.exit_code == 0
+    assert asked == [((tmp_path / "c", [2, 3]), {"folder": Path("chapters")})]
+    assert result.stdout.splitlines()[:3] == [
+        "chapter 2: 1 exercises, 3 points",
+        "chapter 3: 2 exercises, 6 points",
+        "chapter 2 builds on chapter 1, which this course leaves out",
+    ]
+    assert "release/ is for students" in result.stdout
+
+
+def test_course_refuses(tmp_path):
+    assert "chapter 23 must be 1 to 22" in fails("course", "23", "--output", str(tmp_path / "c"))
+    assert "holds no chapter" in fails("course", "--folder", str(tmp_path))
 
 
 def test_states_are_the_books():

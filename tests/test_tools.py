@@ -56,6 +56,9 @@ def test_limit_must_be_positive():
         limit.run(["true"], 0)
 
 
+PINNED = ("requirements.txt", "requirements-course.txt", "requirements-test.txt")
+
+
 def pins(name: str) -> list[str]:
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     return [line for line in lines if line and not line.startswith("-r ")]
@@ -63,9 +66,7 @@ def pins(name: str) -> list[str]:
 
 def test_requirements_are_pinned_and_torch_is_the_first():
     assert pins("requirements.txt")[0].startswith("torch==")
-    loose = [
-        pin for name in ("requirements.txt", "requirements-test.txt") for pin in pins(name) if "==" not in pin
-    ]
+    loose = [pin for name in PINNED for pin in pins(name) if "==" not in pin]
     assert loose == []
 
 
@@ -77,7 +78,7 @@ def test_pins_satisfy_what_the_package_asks_for():
     from packaging.utils import canonicalize_name
 
     pinned = {}
-    for name in ("requirements.txt", "requirements-test.txt"):
+    for name in PINNED:
         for pin in pins(name):
             package, version = pin.split("==")
             pinned[canonicalize_name(package)] = version
@@ -95,6 +96,18 @@ def test_help_names_every_target_with_a_line_of_its_own():
     lines = (ROOT / "Makefile").read_text().splitlines()
     phony = {name for line in lines if line.startswith(".PHONY:") for name in line.split()[1:]}
     told = {match[1] for line in lines if (match := re.match(r"([a-z-]+):.*## ", line))}
-    public = {"help", "book", "serve", "test", "chapters", "fmt", "lint", "bench", "assets", "clean"}
+    public = {
+        "help",
+        "book",
+        "serve",
+        "course",
+        "test",
+        "chapters",
+        "fmt",
+        "lint",
+        "bench",
+        "assets",
+        "clean",
+    }
     assert told == public
     assert public <= phony

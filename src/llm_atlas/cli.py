@@ -1,8 +1,9 @@
-"""The command line: `llm-atlas generate`, `llm-atlas assets`, `llm-atlas concepts`."""
+"""The command line: `llm-atlas generate`, `llm-atlas assets`, `llm-atlas concepts`, `llm-atlas course`."""
 
 import enum
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -164,6 +165,28 @@ def concepts(
     for concept in found:
         typer.echo(f"{concept.number:2}  {concept.id:{width}}  {concept.state:7}  {concept.name}")
     typer.echo(f"{len(found)} of {len(load_concepts())} concepts")
+
+
+@app.command()
+@_plainly
+def course(
+    numbers: Annotated[
+        list[int] | None, typer.Argument(help="The chapters, by number; all written ones if none is given.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The folder that becomes the course.")] = Path("_build/course"),
+    folder: Annotated[Path, typer.Option(help="Where the chapters' notebooks are.")] = Path("chapters"),
+) -> None:
+    """Write chapters as nbgrader assignments: for the students, for the instructor, with points and a plan."""
+    from llm_atlas.book.course import EXAMPLE_POINTS, FRESH_POINTS, prerequisites, write_course
+
+    exercises = write_course(output, numbers or (), folder=folder)
+    for number, rows in exercises.items():
+        points = len(rows) * (EXAMPLE_POINTS + FRESH_POINTS)
+        typer.echo(f"chapter {number}: {len(rows)} exercises, {points} points")
+    for number, missing in prerequisites(list(exercises)).items():
+        needed = " and ".join(f"chapter {m}" for m in missing)
+        typer.echo(f"chapter {number} builds on {needed}, which this course leaves out")
+    typer.echo(f"{output}: release/ is for students, source/ for you; README.md says how to grade")
 
 
 if __name__ == "__main__":

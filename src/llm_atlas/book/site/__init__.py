@@ -32,6 +32,7 @@ GENERATORS = {
     "front": "llm_atlas.book.site.front:markdown",
     "glossary": "llm_atlas.book.site.glossary:markdown",
     "map": "llm_atlas.book.site.concept_map:markdown",
+    "syllabus": "llm_atlas.book.course:syllabus",
     "tables": "llm_atlas.book.site.tables:markdown",
 }
 # A class on a page, and what that page then loads from assets/site.
