@@ -35,7 +35,9 @@ WORDS_PER_MINUTE = 200
 LINES_PER_MINUTE = 30
 MINUTES_PER_EXERCISE = 8
 _FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
-_NO_PROSE = re.compile(r"\$\$.*?\$\$|<[^>]+>|^\(\S+\)=|^:\S+:.*$|^[`~:]{3,}.*$", re.MULTILINE | re.DOTALL)
+_NO_PROSE = re.compile(
+    r"\$\$.*?\$\$|</?[a-z][^>\n]*>|^\(\S+\)=|^:\S+:[^\n]*|^[`~:]{3,}[^\n]*", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,13 @@ def _duration(minutes: int) -> str:
 def _row(concept: Concept) -> str:
     name = escape(concept.name)
     first = [f"[{name}]({concept.id})" if is_written(concept) else f"{name} (planned)"]
-    last = [escape(concept.facts[0])]
     if exercise := exercise_link(concept):
-        last += ["", "{.atlas-links}", exercise]
+        first += ["", "{.atlas-links}", exercise]
+    cells = (first, ["{.atlas-formula}", code(concept.example)], [escape(concept.facts[0])])
     return "\n".join(
-        indent("* -", first) + indent("  -", [code(concept.example)]) + indent("  -", last)
+        line
+        for bullet, lines in zip(("* -", "  -", "  -"), cells, strict=True)
+        for line in indent(bullet, lines)
     )
 
 
@@ -107,7 +111,7 @@ def opener(chapter: Chapter, concepts: Mapping[str, Concept], notebook: Mapping[
     time = reading_time(notebook)
     parts = [
         plural(len(own), "concept"),
-        f"{_duration(time.reading)} to read",
+        f"about {_duration(time.reading)} to read",
         f"{plural(time.exercises, 'exercise')}, {_duration(time.solving)}" if time.exercises else "",
         f"{plural(count, 'claim')} measured" if (count := len(claim_cells(notebook))) else "",
     ]

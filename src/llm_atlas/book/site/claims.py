@@ -84,10 +84,14 @@ def measurements(path: Path | None = None, folder: Path | None = None) -> dict[s
                 raise ValueError(f"{where} is planned, and cell {index} of {row.chapter}.ipynb measures it")
             continue
         if notebook is None or index is None:
-            raise ValueError(f"{where} is measured, but no cell of {row.chapter}.ipynb calls claim({row.id!r})")
+            raise ValueError(
+                f"{where} is measured, but no cell of {row.chapter}.ipynb calls claim({row.id!r})"
+            )
         verdict = printed_verdict(row.id, notebook["cells"][index])
         if verdict is None:
-            raise ValueError(f"{where}: cell {index} of {row.chapter}.ipynb shows no verdict; run the chapter")
+            raise ValueError(
+                f"{where}: cell {index} of {row.chapter}.ipynb shows no verdict; run the chapter"
+            )
         for now, printed in (
             (f"{row.figure}: {row.statement}", verdict.claimed),
             (row.reasons.get(verdict.outcome, ""), verdict.because),

@@ -48,7 +48,9 @@ def load_terms(path: Path | None = None) -> list[Term]:
         if not re.fullmatch(r"\S(.*\S)?", term.term):
             raise ValueError(f"{where}: term {term.term!r} must be text without space around it")
         if not re.fullmatch(r"[A-Z\d].{20,300}\.", term.definition):
-            raise ValueError(f"{where}: the definition of {term.term!r} must be a sentence of 20 to 300 letters")
+            raise ValueError(
+                f"{where}: the definition of {term.term!r} must be a sentence of 20 to 300 letters"
+            )
         for name in (term.term, *term.aliases):
             if other := taken.get(name.lower()):
                 raise ValueError(f"{where}: {name!r} is already the name of {other}")
@@ -72,7 +74,7 @@ def _entry(name: str, text: str) -> str:
 
 def _concept_entries(concept: Concept) -> dict[str, str]:
     name, *aliases = _names(concept)
-    links = [f"{{ref}}`table {concept.number} <table-{concept.id}>`"]
+    links = [f"{{ref}}`table\N{NO-BREAK SPACE}{concept.number} <table-{concept.id}>`"]
     if is_written(concept):
         links.insert(0, f"{{ref}}`section <{concept.id}>`")
     also = f" Also: {escape(', '.join(aliases))}." if aliases else ""
@@ -97,7 +99,9 @@ def glossary_markdown(concepts: Mapping[str, Concept], terms: list[Term]) -> str
     letters: dict[str, list[str]] = {}
     for name in sorted(entries, key=_key):
         first = _key(name)[0]
-        letters.setdefault(first.upper() if first.isalpha() else "0–9", []).append(_entry(name, entries[name]))
+        letters.setdefault(first.upper() if first.isalpha() else "0–9", []).append(
+            _entry(name, entries[name])
+        )
     jumps = [f"- [{letter}](glossary-{letter[0].lower()})" for letter in letters]
     parts = ["{.atlas-letters}\n" + "\n".join(jumps)]
     for letter, found in letters.items():

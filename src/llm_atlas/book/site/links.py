@@ -31,7 +31,10 @@ __all__ = [
 ]
 
 _LABEL = re.compile(r"^:label: (ex-\S+)[ \t]*$", re.MULTILINE)
-_AUTODOC = re.compile(r"auto(module|class|function|data)::[ \t]*(\S+)")
+_MARKER = re.compile(r"^% atlas: (\S+)[ \t]*$", re.MULTILINE)
+_AUTODOC = re.compile(
+    r"^\.\. auto(module|class|function|data|exception)::[ \t]*(\S+)((?:\n[ \t]+:.*)*)", re.MULTILINE
+)
 
 
 def chapters_folder() -> Path:
@@ -120,27 +123,40 @@ def source_links(concept: Concept) -> str:
     return f"{{cite:p}}`{','.join(concept.sources)}`"
 
 
+@lru_cache(maxsize=8)
+def _documented(folder: Path) -> frozenset[str]:
+    """The dotted names that autodoc's directives on the pages of `folder` name, and `MODULE.*` for all of one."""
+    # the package imports the generators, which import this module
+    from llm_atlas.book.site import GENERATORS, generate
+
+    found = set()
+    for page in sorted(folder.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        text = _MARKER.sub(lambda marker: generate(marker[1]) if marker[1] in GENERATORS else "", text)
+        module = ""
+        for kind, name, options in _AUTODOC.findall(text):
+            if kind == "module":
+                module = name
+                if ":members:" in options:
+                    found.add(f"{name}.*")
+            else:
+                found |= {name, f"{module}.{name}"}
+    return frozenset(found)
+
+
 def api_documents(symbol: str, folder: Path | None = None) -> bool:
-    """Whether a page of chapters/api documents this dotted name, itself or as a member of its module."""
-    module = symbol.rpartition(".")[0]
-    for page in (folder or chapters_folder() / "api").glob("*.md"):
-        for kind, name in _AUTODOC.findall(page.read_text(encoding="utf-8")):
-            if name == (module if kind == "module" else symbol):
-                return True
-    return False
-
-
-def _exists(symbol: str) -> bool:
+    """Whether a page of `folder`, chapters/api unless given, documents this dotted name: by itself, or as a
+    member of its module that exists."""
+    names = _documented(folder or chapters_folder() / "api")
     module, _, name = symbol.rpartition(".")
-    try:
-        return name in importlib.import_module(module).__all__
-    except (ImportError, AttributeError):
-        return False
+    if symbol in names:
+        return True
+    return f"{module}.*" in names and hasattr(importlib.import_module(module), name)
 
 
 def symbol_link(concept: Concept, folder: Path | None = None) -> str:
-    """The concept's code by its dotted name, linked where it exists and the API pages show it."""
-    short = concept.symbol.removeprefix("llm_atlas.")
-    if api_documents(concept.symbol, folder) and _exists(concept.symbol):
-        return f"{{py:obj}}`{short} <{concept.symbol}>`"
-    return code(short)
+    """The concept's code and its module, linked where the API pages show it; `folder` as `api_documents`."""
+    module, _, name = concept.symbol.rpartition(".")
+    linked = api_documents(concept.symbol, folder)
+    shown = f"{{py:obj}}`{name} <{concept.symbol}>`" if linked else code(name)
+    return f"{shown} in {code(module.removeprefix('llm_atlas.'))}"

@@ -39,7 +39,7 @@ def concept_row(concept: Concept) -> str:
         code(concept.example),
         "",
         "{.atlas-code}",
-        f"[code]{{.atlas-label}} {symbol_link(concept)}",
+        symbol_link(concept),
     ]
     links = [f"[section]({concept.id})"] if written else []
     if exercise := exercise_link(concept):
