@@ -69,9 +69,9 @@ def test_the_opening_lists_the_chapters_own_concepts_and_no_other() -> None:
     table = text[: text.rindex("````")]
     for concept in concepts.values():
         own = concept.number == 1
-        assert (f"* - [{concept.name}]({concept.id})\n" in table) is own
+        assert (f"* - {{ref}}`{concept.name} <{concept.id}>`\n" in table) is own
     assert table.count("\n* - ") == len(chapter.concepts) + 1
-    assert all(f"[exercise](ex-{id_})" in table for id_ in chapter.concepts)
+    assert all(f"{{ref}}`exercise <ex-{id_}>`" in table for id_ in chapter.concepts)
     assert "9 concepts · about" in text
     assert "9 exercises" in text
     assert "13 claims measured" in text
@@ -84,11 +84,11 @@ def test_builds_on_and_opens_later_name_other_chapters() -> None:
     concepts[id_] = dataclasses.replace(concepts[id_], needs=("self-attention",), previews=("yarn", "dpo"))
     text = opener(second, concepts, _notebook())
     needs = text[text.index("**Builds on**") :].partition("\n\n")[0]
-    assert "[Self-attention (scaled dot-product)](self-attention)" in needs
+    assert "{ref}`Self-attention (scaled dot-product) <self-attention>`" in needs
     later = text[text.index("**Opens later**") :]
-    assert later.index("[DPO](dpo) (chapter 7)") < later.index("[YaRN](yarn)")
+    assert later.index("{ref}`DPO <dpo>` (chapter 7)") < later.index("{ref}`YaRN <yarn>`")
     # what belongs to the chapter itself is no other chapter's
-    own = [f"]({name})" for name in second.concepts]
+    own = [f"<{name}>" for name in second.concepts]
     assert not any(link in needs + later for link in own)
     assert "(planned)" in text
 

@@ -86,7 +86,7 @@ def test_the_page_has_every_claim_with_its_verdict() -> None:
         assert re.findall(r"\[([a-z ]+)\]\{\.atlas-verdict", here) == [outcome], row.id
         assert (f"{{ref}}`See the cell <claim-{row.id}>`" in here) is (row.id in measured)
         assert f"{{cite:p}}`{row.source}`" in here
-        assert f"]({row.concept})" in here
+        assert f" <{row.concept}>`" in here
     for outcome in ("held", "partly", "not here"):
         count = sum(m.outcome == outcome for m in measured.values())
         assert f">{outcome}</span> <b>{count}</b>" in text

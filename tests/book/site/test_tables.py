@@ -24,7 +24,7 @@ def test_every_concept_has_one_row_and_every_chapter_one_table() -> None:
     assert text.count("````{list-table}") == len(chapters()) == 22
     for chapter in chapters():
         assert text.count(f"(table-{chapter.number})=") == 1
-        assert f"](table-{chapter.number})" in text
+        assert f"<table-{chapter.number}>`" in text
 
 
 def test_a_planned_row_answers_to_the_concept_itself_and_a_written_one_leads_there(concept: Concept) -> None:
@@ -33,11 +33,11 @@ def test_a_planned_row_answers_to_the_concept_itself_and_a_written_one_leads_the
     partial = concept_row(dataclasses.replace(concept, state="partial", missing="the rest, chapter 7"))
     assert f"\n    ({concept.id})=\n" in planned
     assert "[planned]" in planned
-    assert "[section]" not in planned
+    assert "`section <" not in planned
     for row in (done, partial):
         assert f"({concept.id})=" not in row
-        assert f"[{concept.name}]({concept.id})" in row
-        assert f"[section]({concept.id})" in row
+        assert f"**{{ref}}`{concept.name} <{concept.id}>`**" in row
+        assert f"{{ref}}`section <{concept.id}>`" in row
         assert "[planned]" not in row
     assert "the rest, chapter 7" in partial
 
@@ -48,11 +48,11 @@ def test_a_row_says_what_the_list_says(concept: Concept) -> None:
     assert all(fact in row for fact in concept.facts)
     assert all(alias in row for alias in concept.aliases)
     assert "{cite:p}`vaswani2017`" in row
-    assert "[exercise](ex-self-attention)" in row
+    assert "{ref}`exercise <ex-self-attention>`" in row
     assert concept.symbol.rpartition(".")[2] in row
     many = dataclasses.replace(concept, sources=("vaswani2017", "he2016"), id="no-exercise")
     assert "{cite:p}`vaswani2017,he2016`" in concept_row(many)
-    assert "exercise](" not in concept_row(many)
+    assert "`exercise <" not in concept_row(many)
 
 
 def test_text_that_is_markup_is_shown_as_it_is(concept: Concept) -> None:

@@ -25,6 +25,7 @@ from llm_atlas.book.site.links import (
     exercise_link,
     is_written,
     plural,
+    ref,
 )
 from llm_atlas.book.site.tables import indent
 
@@ -84,8 +85,7 @@ def _duration(minutes: int) -> str:
 
 
 def _row(concept: Concept) -> str:
-    name = escape(concept.name)
-    first = [f"[{name}]({concept.id})" if is_written(concept) else f"{name} (planned)"]
+    first = [ref(concept.name, concept.id) if is_written(concept) else f"{escape(concept.name)} (planned)"]
     if exercise := exercise_link(concept):
         first += ["", "{.atlas-links}", exercise]
     cells = (first, ["{.atlas-formula}", code(concept.example)], [escape(concept.facts[0])])
@@ -101,7 +101,7 @@ def _others(ids: Sequence[str], own: Chapter, concepts: Mapping[str, Concept]) -
     groups: dict[int, list[str]] = {}
     for id_, concept in concepts.items():
         if id_ in ids and concept.number != own.number:
-            groups.setdefault(concept.number, []).append(f"[{escape(concept.name)}]({id_})")
+            groups.setdefault(concept.number, []).append(ref(concept.name, id_))
     return "; ".join(f"{', '.join(links)} (chapter {number})" for number, links in groups.items())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_atlas.book.claims import Claim, load_claims
 from llm_atlas.book.concepts import chapters, load_concepts, read_yaml
-from llm_atlas.book.site.links import claim_cells, escape, plural, read_notebook
+from llm_atlas.book.site.links import claim_cells, escape, plural, read_notebook, ref
 from llm_atlas.book.site.tables import indent
 from llm_atlas.core.assets import bundled
 
@@ -112,7 +112,7 @@ def _letters(text: str) -> str:
 def _row(row: Claim, name: str, number: int, measured: Measurement | None) -> str:
     concept = [
         f"(ledger-{row.id})=",
-        f"[{escape(name)}]({row.concept})",
+        ref(name, row.concept),
         "",
         "{.atlas-chapter}",
         f"Chapter {number}",
@@ -127,7 +127,7 @@ def _row(row: Claim, name: str, number: int, measured: Measurement | None) -> st
         if measured.because:
             because = measured.because
             result += ["", f"{escape(because[0].upper() + because[1:])}."]
-        result += ["", f"{{ref}}`See the cell <claim-{row.id}>`"]
+        result += ["", ref("See the cell", f"claim-{row.id}")]
     cells = zip(("* -", "  -", "  -", "  -"), (concept, statement, source, result), strict=True)
     return "\n".join(line for bullet, lines in cells for line in indent(bullet, lines))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_atlas.book.concepts import Concept, build, load_concepts, read_yaml
-from llm_atlas.book.site.links import escape, is_written
+from llm_atlas.book.site.links import escape, is_written, ref
 from llm_atlas.core.assets import bundled
 
 __all__ = ["Term", "glossary_markdown", "load_terms", "markdown"]
@@ -74,16 +74,16 @@ def _entry(name: str, text: str) -> str:
 
 def _concept_entries(concept: Concept) -> dict[str, str]:
     name, *aliases = _names(concept)
-    links = [f"{{ref}}`table\N{NO-BREAK SPACE}{concept.number} <table-{concept.id}>`"]
+    links = [ref(f"table\N{NO-BREAK SPACE}{concept.number}", f"table-{concept.id}")]
     if is_written(concept):
-        links.insert(0, f"{{ref}}`section <{concept.id}>`")
+        links.insert(0, ref("section", concept.id))
     also = f" Also: {escape(', '.join(aliases))}." if aliases else ""
     entries = {name: f"{escape(concept.facts[0])}{also} {' · '.join(links)}"}
     return entries | {alias: f"See {{term}}`{name}`." for alias in aliases}
 
 
 def _term_entries(term: Term, concepts: Mapping[str, Concept]) -> dict[str, str]:
-    links = " · ".join(f"{{ref}}`{concepts[id_].name} <{id_}>`" for id_ in term.see)
+    links = " · ".join(ref(concepts[id_].name, id_) for id_ in term.see)
     also = f" Also: {escape(', '.join(term.aliases))}." if term.aliases else ""
     entries = {term.term: f"{escape(term.definition)}{also}" + (f" More: {links}" if links else "")}
     return entries | {alias: f"See {{term}}`{term.term}`." for alias in term.aliases}

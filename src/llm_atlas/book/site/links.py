@@ -26,6 +26,7 @@ __all__ = [
     "is_written",
     "plural",
     "read_notebook",
+    "ref",
     "source_links",
     "symbol_link",
 ]
@@ -107,6 +108,11 @@ def claim_cells(notebook: Mapping[str, Any]) -> dict[str, int]:
 # ---- links
 
 
+def ref(text: str, target: str) -> str:
+    """A link to a target of the book. `[text](target)` would also find functions and terms of that name."""
+    return f"{{ref}}`{text} <{target}>`"
+
+
 def is_written(concept: Concept) -> bool:
     """Whether the concept has a section to lead to."""
     return concept.state != "planned"
@@ -115,7 +121,7 @@ def is_written(concept: Concept) -> bool:
 def exercise_link(concept: Concept) -> str:
     """A link to the concept's exercise, or nothing while its chapter has none."""
     label = f"ex-{concept.id}"
-    return f"[exercise]({label})" if label in exercise_labels(read_notebook(concept.chapter)) else ""
+    return ref("exercise", label) if label in exercise_labels(read_notebook(concept.chapter)) else ""
 
 
 def source_links(concept: Concept) -> str:

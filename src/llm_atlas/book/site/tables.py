@@ -13,6 +13,7 @@ from llm_atlas.book.site.links import (
     exercise_link,
     is_written,
     read_notebook,
+    ref,
     source_links,
     symbol_link,
 )
@@ -26,8 +27,8 @@ def concept_row(concept: Concept) -> str:
     lines = [f"(table-{concept.id})="]
     if not written:
         lines.append(f"({concept.id})=")
-    name = escape(concept.name)
-    lines.append(f"**[{name}]({concept.id})**" if written else f"**{name}**")
+    name = ref(concept.name, concept.id) if written else escape(concept.name)
+    lines.append(f"**{name}**")
     if concept.aliases:
         lines += ["", "{.atlas-also}", escape(", ".join(concept.aliases))]
     if concept.state == "planned":
@@ -41,7 +42,7 @@ def concept_row(concept: Concept) -> str:
         "{.atlas-code}",
         symbol_link(concept),
     ]
-    links = [f"[section]({concept.id})"] if written else []
+    links = [ref("section", concept.id)] if written else []
     if exercise := exercise_link(concept):
         links.append(exercise)
     links.append(source_links(concept))
@@ -65,7 +66,7 @@ def written_line(chapter: Chapter, concepts: Mapping[str, Concept]) -> str:
 
 def tables_markdown(order: Sequence[Chapter], concepts: Mapping[str, Concept]) -> str:
     """All tables as MyST: links to each, then a heading and a list-table a chapter."""
-    jumps = [f"1. [{escape(chapter.title)}](table-{chapter.number})" for chapter in order]
+    jumps = [f"1. {ref(chapter.title, f'table-{chapter.number}')}" for chapter in order]
     parts = ["{.atlas-jump}\n" + "\n".join(jumps)]
     for chapter in order:
         rows = "\n".join(concept_row(concepts[id_]) for id_ in chapter.concepts)
