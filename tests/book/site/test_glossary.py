@@ -18,7 +18,9 @@ def _entries() -> dict[str, str]:
     pairs = re.findall(r"^(\S.*)\n    (.+)$", "\n".join(bodies), re.MULTILINE)
     assert len({name.lower() for name, _ in pairs}) == len(pairs)
     # a name that is also a concept's id begins with a capital
-    ids = {id_.capitalize(): id_ for id_ in load_concepts()}
+    concepts = load_concepts()
+    spelt = {name for c in concepts.values() for name in (c.name, *c.aliases)}
+    ids = {id_.capitalize(): id_ for id_ in concepts if id_ in spelt}
     return {ids.get(name, name): text for name, text in pairs}
 
 

@@ -98,11 +98,11 @@ def glossary_markdown(concepts: Mapping[str, Concept], terms: list[Term]) -> str
         entries |= _term_entries(term, concepts)
     letters: dict[str, list[str]] = {}
     for name in sorted(entries, key=_key):
-        first = _key(name)[0]
-        letters.setdefault(first.upper() if first.isalpha() else "0–9", []).append(
-            _entry(name, entries[name])
-        )
-    jumps = [f"- [{letter}](glossary-{letter[0].lower()})" for letter in letters]
+        # a chapter's link `[text](min-p)` would find a term spelt as the concept's id as well as the concept
+        shown = name[0].upper() + name[1:] if name in concepts else name
+        letter = _key(name)[0].upper()
+        letters.setdefault(letter if letter.isalpha() else "0–9", []).append(_entry(shown, entries[name]))
+    jumps = [f"- {ref(letter, f'glossary-{letter[0].lower()}')}" for letter in letters]
     parts = ["{.atlas-letters}\n" + "\n".join(jumps)]
     for letter, found in letters.items():
         body = "\n\n".join(found)
