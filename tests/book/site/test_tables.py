@@ -1,33 +1,134 @@
 """The reference tables: every concept has its row, every link from a chapter arrives."""
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 
-from llm_atlas.book.concepts import chapters, load_concepts
-from llm_atlas.book.site.tables import concept_row, tables_markdown
+import pytest
+
+from llm_atlas.book.concepts import Concept, chapters, load_concepts
+from llm_atlas.book.site import links
+from llm_atlas.book.site.tables import concept_row, tables_markdown, written_line
+
+
+@pytest.fixture
+def concept() -> Concept:
+    return load_concepts()["self-attention"]
 
 
 def test_every_concept_has_one_row_and_every_chapter_one_table() -> None:
     text = tables_markdown(chapters(), load_concepts())
     for concept in load_concepts().values():
         assert text.count(f"(table-{concept.id})=") == 1
-    assert text.count("```{list-table}") == len(chapters()) == 22
+    assert text.count("````{list-table}") == len(chapters()) == 22
+    for chapter in chapters():
+        assert text.count(f"(table-{chapter.number})=") == 1
+        assert f"<table-{chapter.number}>`" in text
 
 
-def test_a_planned_row_answers_to_the_concept_itself_and_a_written_one_leads_there() -> None:
-    concept = next(iter(load_concepts().values()))
+def test_a_planned_row_answers_to_the_concept_itself_and_a_written_one_leads_there(concept: Concept) -> None:
     planned = concept_row(dataclasses.replace(concept, state="planned"))
     done = concept_row(dataclasses.replace(concept, state="done"))
     partial = concept_row(dataclasses.replace(concept, state="partial", missing="the rest, chapter 7"))
     assert f"\n    ({concept.id})=\n" in planned
-    assert "planned" in planned
+    assert "[planned]" in planned
+    assert "`section <" not in planned
     for row in (done, partial):
         assert f"({concept.id})=" not in row
-        assert f"[{concept.name}]({concept.id})" in row
+        assert f"**{{ref}}`{concept.name} <{concept.id}>`**" in row
+        assert f"{{ref}}`section <{concept.id}>`" in row
+        assert "[planned]" not in row
     assert "the rest, chapter 7" in partial
 
 
-def test_facts_and_formula_stand_in_the_row() -> None:
-    concept = load_concepts()["self-attention"]
+def test_a_row_says_what_the_list_says(concept: Concept) -> None:
     row = concept_row(concept)
-    assert concept.example in row
+    assert f"`{concept.example}`" in row
     assert all(fact in row for fact in concept.facts)
+    assert all(alias in row for alias in concept.aliases)
+    assert "{cite:p}`vaswani2017`" in row
+    assert "{ref}`exercise <ex-self-attention>`" in row
+    assert concept.symbol.rpartition(".")[2] in row
+    many = dataclasses.replace(concept, sources=("vaswani2017", "he2016"), id="no-exercise")
+    assert "{cite:p}`vaswani2017,he2016`" in concept_row(many)
+    assert "`exercise <" not in concept_row(many)
+
+
+def test_text_that_is_markup_is_shown_as_it_is(concept: Concept) -> None:
+    row = concept_row(dataclasses.replace(concept, facts=("a_b *c* <d> [e]",), example="a `b`"))
+    assert r"a\_b \*c\* \<d\> \[e\]" in row
+    assert "`` a `b` ``" in row
+
+
+def test_a_heading_says_how_much_is_written() -> None:
+    concepts, chapter = load_concepts(), chapters()[1]
+    assert "0 of 6 written" in written_line(chapter, concepts)
+    assert "width: 0%" in written_line(chapter, concepts)
+    assert "{doc}" not in written_line(chapter, concepts)
+    first, second, third, *_ = chapter.concepts
+    for id_, state in ((first, "done"), (second, "done"), (third, "partial")):
+        concepts[id_] = dataclasses.replace(concepts[id_], state=state)
+    line = written_line(chapter, concepts)
+    assert "2 of 6 written, 1 in part" in line
+    assert "width: 42%" in line
+    assert "</chapters/01-core-transformer>" in written_line(chapters()[0], concepts)
+
+
+# ---- what the generators share
+
+
+@pytest.mark.parametrize(
+    ("page", "documented"),
+    [
+        (".. automodule:: llm_atlas.nn.masks\n   :members:\n", True),
+        (".. automodule:: llm_atlas.nn.masks\n\n.. autofunction:: causal_mask\n", True),
+        (".. autofunction:: llm_atlas.nn.masks.causal_mask\n", True),
+        # a module's own docstring alone, another module, another function
+        (".. automodule:: llm_atlas.nn.masks\n", False),
+        (".. automodule:: llm_atlas.nn.norm\n   :members:\n", False),
+        (".. automodule:: llm_atlas.nn.masks\n\n.. autofunction:: padding_mask\n", False),
+        ("llm_atlas.nn.masks.causal_mask\n", False),
+        ("% atlas: no-such-generator\n", False),
+    ],
+)
+def test_code_is_linked_only_where_a_page_documents_it(tmp_path: Path, page: str, documented: bool) -> None:
+    (tmp_path / "nn.md").write_text(f"```{{eval-rst}}\n{page}```\n")
+    concept = load_concepts()["causal-mask"]
+    assert links.api_documents(concept.symbol, tmp_path) is documented
+    link = links.symbol_link(concept, tmp_path)
+    assert ("{py:obj}`causal_mask <llm_atlas.nn.masks.causal_mask>`" in link) is documented
+    assert "causal_mask" in link
+    assert "`nn.masks`" in link
+
+
+def test_code_that_does_not_exist_yet_is_not_linked(tmp_path: Path) -> None:
+    (tmp_path / "nn.md").write_text(".. automodule:: llm_atlas.nn.positions\n   :members:\n")
+    alibi = dataclasses.replace(load_concepts()["alibi"], symbol="llm_atlas.nn.positions.not_written_yet")
+    assert links.symbol_link(alibi, tmp_path) == "`not_written_yet` in `nn.positions`"
+
+
+def test_claim_cells_reads_calls_and_nothing_else(tmp_path: Path) -> None:
+    def notebook(*cells: str) -> dict:
+        return {"cells": [{"cell_type": "code", "source": text, "metadata": {}} for text in cells]}
+
+    found = links.claim_cells(
+        notebook(
+            "x = 1",
+            "%matplotlib inline\n# claim('no')\nclaim('a', 1)\nclaim(\n  'b', 2)",
+            "s = \"claim('c')\"",
+        )
+    )
+    assert found == {"a": 1, "b": 1}
+    with pytest.raises(ValueError, match=r"cells 0 and 1 both call claim\('a'\)"):
+        links.claim_cells(notebook("claim('a', 1)", "claim('a', 2)"))
+
+
+def test_a_notebook_that_changed_is_read_again(tmp_path: Path) -> None:
+    assert links.read_notebook("01-x", tmp_path) is None
+    path = tmp_path / "01-x.ipynb"
+    for number in (1, 2):
+        path.write_text(json.dumps({"cells": [], "n": number}))
+        # a fast disk may give both writes one time
+        os.utime(path, ns=(number, number))
+        assert links.read_notebook("01-x", tmp_path)["n"] == number
