@@ -160,9 +160,9 @@ def test_the_map_is_the_same_each_time_and_small() -> None:
     assert len(markdown().encode()) < 200_000
 
 
-def test_names_are_escaped_everywhere() -> None:
+@pytest.mark.parametrize("name", ['A <b>"bold"</b> & </script><!-- name', "<b>&"], ids=["lines", "line"])
+def test_names_are_escaped_everywhere(name: str) -> None:
     order, concepts = book()
-    name = 'A <b>"bold"</b> & </script><!-- name'
     concepts["dpo"] = dataclasses.replace(concepts["dpo"], name=name)
     text = map_markdown(order, concepts)
     assert "<b>" not in text.replace("<summary><b>", "")
