@@ -1,4 +1,4 @@
-"""What every chapter opens with: its table, what it builds on, how long it takes to read.
+"""What every chapter opens with: its number, its table, what it builds on, how long it takes to read.
 
 The block is added to the end of the cell that holds the chapter's title, while Sphinx reads the notebook: a
 warning names a cell and a line in it, and both stay as they are in the file. The same module gives each cell
@@ -137,7 +137,8 @@ def _open_chapter(app: Sphinx, page: str, source: list[str]) -> None:
     )
     if title is None:
         raise ValueError(f"{app.env.doc2path(page)}: no cell begins with the title, '# ...'")
-    title["source"] = cell_text(title) + "\n\n" + opener(chapter, load_concepts(), notebook)
+    text = cell_text(title).replace("# ", f"# {chapter.number}. ", 1)
+    title["source"] = text + "\n\n" + opener(chapter, load_concepts(), notebook)
     source[0] = json.dumps(notebook)
 
 
