@@ -6,4 +6,4 @@ __all__ = ["setup"]
 
 
 def setup(app: Sphinx) -> None:
-    pass
+    app.setup_extension("llm_atlas.book.site.finish")
