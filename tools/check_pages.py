@@ -74,7 +74,8 @@ class _Reader(HTMLParser):
             self.page.loads.append(of["src"])
         if tag == "html":
             self.page.language = of.get("lang", "")
-        if tag == "img" and not of.get("alt", "").strip():
+        # the logo stands beside the book's name, which says the same
+        if tag == "img" and not of.get("alt", "").strip() and "logo__image" not in of.get("class", ""):
             self.page.undescribed.append(of.get("src", "")[:80])
         if re.fullmatch("h[1-6]", tag):
             self.page.headings.append(tag)
