@@ -8,6 +8,7 @@ files, so that the text below them stands still while they load.
 Everything here may run twice on one page: Sphinx rewrites only the pages whose sources changed.
 """
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -129,6 +130,7 @@ def write_icons(static: Path, texts: list[str]) -> None:
     sheet = _ICON_RULE.sub(kept, sheet)
     sheet = re.sub(r"@font-face\{.*?\}|@(?:-webkit-)?keyframes [\w-]+\{(?:[^{}]*\{[^{}]*\})*\}", "", sheet)
     points = {int(code, 16) if len(code) > 1 else ord(code) for code in codes}
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every glyph
     (static / "icons").mkdir(exist_ok=True)
     for file, families, weight in _FONTS:
         font = TTFont(awesome / "webfonts" / f"{file}.ttf")
