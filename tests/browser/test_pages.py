@@ -8,9 +8,9 @@ import check_pages
 import pytest
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_page(browser, site: str, page_name: str, width: int):
-    assert check_pages.page_problems(browser, site + page_name, width=width) == []
+@pytest.mark.parametrize(("width", "themes"), [(1280, ("light", "dark")), (390, ("light",))])
+def test_page(browser, site: str, page_name: str, width: int, themes: tuple[str, ...]):
+    assert check_pages.page_problems(browser, site + page_name, width=width, themes=themes) == []
 
 
 def test_formulas_are_drawn(browser, site: str, site_folder: Path):

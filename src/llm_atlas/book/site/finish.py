@@ -69,6 +69,8 @@ def finish_page(text: str, page: Path, coloured: set[str] | None = None) -> str:
 
         text = _CODE.sub(lambda block: _TOKEN.sub(token, block[0]), text)
     text = _SIDEBAR.sub(r'<div class="\1" role="navigation" aria-label="The book">', text)
+    # its entries are no list items
+    text = text.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
     return _IMAGE.sub(lambda found: _with_size(found[0], page.parent), text)
 
 
