@@ -195,18 +195,33 @@ _UNSIZED = """() => [...document.querySelectorAll('article img, main img')]
 _THEME = "theme => { document.documentElement.dataset.theme = theme; }"
 _OPEN = "() => document.querySelectorAll('details').forEach(e => { e.open = true; })"
 # A drawing is one image to a reader of the screen, a formula has its MathML: what they are made of is theirs.
-# Of code one token of each kind is looked at: the thousands of others have the same colours.
-_AXE = """options => {
-    const seen = new Set();
-    for (const pre of document.querySelectorAll('pre')) {
-        const kind = pre.parentElement.parentElement.className + [...pre.closest('.cell')?.classList ?? []];
-        const tokens = [...pre.querySelectorAll('*')].map(e => e.className);
-        const fresh = [`${kind}`, ...tokens].filter(token => !seen.has(`${kind} ${token}`));
-        if (!fresh.length) pre.dataset.seen = '';
-        for (const token of fresh) seen.add(`${kind} ${token}`);
+_AXE = """() => axe.run(
+    {exclude: [['mjx-container > mjx-math'], ['.atlas-explore-drawing > svg']]},
+    {preload: false, resultTypes: ['violations'], rules: {'color-contrast': {enabled: false}}},
+)"""
+# Contrast depends on colour, size, weight and what lies behind. A chapter has thousands of tokens and cells that
+# agree in all of these: one of each kind is looked at, which takes a second instead of thirty.
+_AXE_COLOURS = """() => {
+    const kinds = new Map(), behind = new Map();
+    const ground = e => {
+        if (!e) return '';
+        if (!behind.has(e)) {
+            const s = getComputedStyle(e);
+            const own = s.backgroundColor === 'rgba(0, 0, 0, 0)' && s.backgroundImage === 'none' && s.opacity === '1'
+                ? '' : `${s.backgroundColor} ${s.backgroundImage} ${s.opacity} / `;
+            behind.set(e, own + ground(e.parentElement));
+        }
+        return behind.get(e);
+    };
+    for (const e of document.body.querySelectorAll('*')) {
+        if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+        if (e.closest('script, style, svg, mjx-container') || !e.checkVisibility({visibilityProperty: true})) continue;
+        const s = getComputedStyle(e);
+        const kind = [s.color, s.fontSize, s.fontWeight, s.textShadow, e.localName === 'a', ground(e)].join();
+        if (!kinds.has(kind)) kinds.set(kind, e);
     }
-    const exclude = [['mjx-container > mjx-math'], ['.atlas-explore-drawing > svg'], ['pre[data-seen] > *']];
-    return axe.run({exclude}, {preload: false, resultTypes: ['violations'], ...options});
+    if (!kinds.size) return {violations: []};
+    return axe.run({include: [...kinds.values()]}, {preload: false, runOnly: ['color-contrast']});
 }"""
 SERIOUS = ("serious", "critical")
 SHIFT = 0.1  # the limit of a good page by web.dev's measure, cumulative layout shift
@@ -216,8 +231,7 @@ WEIGHT = 1_500_000  # bytes that a page loads, text compressed as every web host
 def axe_problems(page: Page_, themes: tuple[str, ...] = ("light", "dark")) -> list[str]:
     """Serious and critical violations that axe-core finds on an open page: theme, rule, element and why.
 
-    Everything folded is opened first. The second theme changes colours alone, so only the rules on colour run
-    again; the whole set on a chapter costs seconds.
+    Everything folded is opened first. A theme changes colours alone, so the other rules run once.
     """
     from axe_playwright_python.base import AXE_FILE_PATH
 
@@ -226,8 +240,9 @@ def axe_problems(page: Page_, themes: tuple[str, ...] = ("light", "dark")) -> li
     found = []
     for theme in themes:
         page.evaluate(_THEME, theme)
-        options = {} if theme == themes[0] else {"runOnly": ["color-contrast", "link-in-text-block"]}
-        for violation in page.evaluate(_AXE, options)["violations"]:
+        violations = page.evaluate(_AXE)["violations"] if theme == themes[0] else []
+        violations += page.evaluate(_AXE_COLOURS)["violations"]
+        for violation in violations:
             if violation["impact"] in SERIOUS:
                 for node in violation["nodes"]:
                     why = " ".join(node["failureSummary"].split("\n")[1].split())

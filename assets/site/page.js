@@ -4,10 +4,10 @@
   if (window.atlasPage) return; // some themes load every script twice
   window.atlasPage = true;
 
-  const WIDE = ".bd-article pre, .bd-article div.math, .bd-article table, .bd-article div.cell_output > .text_html, .bd-article .pst-scrollable-table-container";
+  const WIDE = ".bd-article pre, .bd-article div.math, .bd-article mjx-container, .bd-article table, .bd-article div.cell_output > .text_html, .bd-article .pst-scrollable-table-container";
   const name = (node) => {
     if (node.matches("pre")) return node.closest(".cell_input") ? "Code" : "Text";
-    if (node.matches(".math")) return "Formula";
+    if (node.matches(".math, mjx-container")) return "Formula";
     return "Table";
   };
   const mark = () => {
