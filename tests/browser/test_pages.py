@@ -108,6 +108,23 @@ def test_what_scrolls_can_be_reached(browser, site: str) -> None:
     page.close()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_drawing_takes_the_room_that_was_kept_for_it(browser, site: str, width: int) -> None:
+    heights = []
+    for blocked in (True, False):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        if blocked:
+            page.route("**/explore.js*", lambda route: route.abort())
+        page.goto(site + CHAPTER, wait_until="load")
+        bodies = page.locator(".atlas-explore-body")
+        assert bodies.first.locator("svg").count() == 0 if blocked else bodies.first.locator("svg").count()
+        heights.append([bodies.nth(i).bounding_box()["height"] for i in range(bodies.count())])
+        page.close()
+    kept, drawn = heights
+    assert len(kept) == len(drawn) > 0
+    assert [(k, d) for k, d in zip(kept, drawn, strict=True) if abs(k - d) > 60] == []
+
+
 # The printed page: what is to be seen on it that belongs to a screen, and what leaves it on the right.
 PRINTED = """() => {
     const shown = e => e.checkVisibility({visibilityProperty: true}) && e.getBoundingClientRect().width > 0;
@@ -116,7 +133,7 @@ PRINTED = """() => {
     const out = [...document.querySelectorAll('article *')].filter(e => !e.closest('mjx-assistive-mml, svg'));
     const name = e => e.localName + '.' + (e.getAttribute('class') || '') + ' ' + e.textContent.trim().slice(0, 40);
     return {
-        screen: screen.filter(shown).filter(e => e.textContent.trim() || e.localName !== 'header').map(name),
+        screen: screen.filter(e => shown(e) && !e.closest('#jb-print-docs-body')).map(name),
         cut: out.filter(e => shown(e) && e.getBoundingClientRect().right > width + 2).map(name),
         headings: [...document.querySelectorAll('article h2')].filter(shown).length,
         drawings: [...document.querySelectorAll('.atlas-explore-drawing')].filter(shown).length,
@@ -170,8 +187,8 @@ GOOD = "<!doctype html><html lang='en'><head><title>t</title></head><body><p>fin
         ),
         ('<script src="heavy.js"></script>', "bytes, more than 1,500,000"),
         ('<p style="color: #aaa">pale</p>', "light: color-contrast: '<p style"),
-        ("<style>[data-theme=dark] body { background: #000 }</style>", "dark: color-contrast: '<p>fine"),
-        ('<button></button>', "light: button-name: '<button>"),
+        ("<style>[data-theme=dark] body { background: #333 }</style>", "dark: color-contrast: '<p>fine"),
+        ("<button></button>", "light: button-name: '<button>"),
     ],
 )
 def test_a_planted_fault_is_found(browser, tmp_path: Path, fault: str, problem: str):
@@ -179,7 +196,9 @@ def test_a_planted_fault_is_found(browser, tmp_path: Path, fault: str, problem: 
     (tmp_path / "p.png").write_bytes(bytes.fromhex("89504e470d0a1a0a"))
     (tmp_path / "heavy.js").write_text(f"/* {random.Random(0).randbytes(1_600_000).hex()} */")
     with check_pages.serve(tmp_path) as address:
-        found = check_pages.page_problems(browser, f"{address}index.html", width=390, themes=("light", "dark"))
+        found = check_pages.page_problems(
+            browser, f"{address}index.html", width=390, themes=("light", "dark")
+        )
     assert any(problem in line for line in found), found
 
 

@@ -191,7 +191,8 @@ def problems(root: Path) -> list[str]:
             )
         if claim.state == "measured" and claim.id not in {id for id, _ in calls.get(claim.chapter, [])}:
             found.append(
-                f'{where}: claim {claim.id!r} is measured, but no cell of {claim.chapter} calls claim("{claim.id}", ...)'
+                f"{where}: claim {claim.id!r} is measured, "
+                f'but no cell of {claim.chapter} calls claim("{claim.id}", ...)'
             )
     for made in calls.values():
         found += [
