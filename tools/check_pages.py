@@ -235,6 +235,8 @@ def axe_problems(page: Page_, themes: tuple[str, ...] = ("light", "dark")) -> li
     """
     from axe_playwright_python.base import AXE_FILE_PATH
 
+    # a colour on its way to the other theme is none
+    page.add_style_tag(content="*, ::before, ::after { transition: none !important; }")
     page.evaluate(_OPEN)
     page.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
     found = []
@@ -299,6 +301,11 @@ def sent_bytes(response: Response) -> int:
     """The size of a response as a web host sends it: text in gzip, what is compressed already as it is."""
     if response.status >= 300:
         return 0
-    body = response.body()
+    from playwright.sync_api import Error
+
+    try:
+        body = response.body()
+    except Error:  # of a page that led on to another at once
+        return 0
     packed = Path(urlsplit(response.url).path).suffix in (".png", ".woff", ".woff2", ".jpg", ".webp")
     return len(body) if packed else len(gzip.compress(body, mtime=0))
