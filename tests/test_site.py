@@ -119,6 +119,8 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return int("warning" in (tmp_path / "chapters" / "index.md").read_text())
 
     monkeypatch.setattr(build_site.limit, "run", run)
+    monkeypatch.setattr(build_site.validate, "problems", lambda root: [])
+    monkeypatch.setattr(build_site.check_pages, "site_problems", lambda folder: [])
     return tmp_path
 
 

@@ -12,13 +12,17 @@ import argparse
 import copy
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tomllib
 from pathlib import Path
 
+import check_pages
 import limit
 import yaml
+
+from llm_atlas.book.site import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 # Suffixes that the editors and tools of a working tree leave behind and no page is made from.
@@ -71,6 +75,24 @@ def is_incremental(old: dict[str, str], new: dict[str, str]) -> bool:
     return set(old) <= set(new) and all(name.startswith("chapters/") for name in changed)
 
 
+def page_faults(root: Path, html: Path) -> list[str]:
+    """Faults of the built pages; a dead link with the file and the line where it was written."""
+    faults = []
+    for fault in check_pages.site_problems(html):
+        link = re.fullmatch(r"(\S+): dead (?:link|anchor) (\S+)", fault)
+        faults.append(f"{validate.place(link[1], link[2], root)}: {fault}" if link else fault)
+    return faults
+
+
+def _said(faults: list[str], what: str) -> bool:
+    """Whether there are faults, once they have been printed."""
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        print(f"The site {what}: {len(faults)} fault{'s' * (len(faults) > 1)}", file=sys.stderr)
+    return bool(faults)
+
+
 def build(root: Path, *, seconds: float, force: bool = False) -> int:
     output = root / "_build"
     page, stamp = output / "html" / "index.html", output / "site.json"
@@ -81,6 +103,8 @@ def build(root: Path, *, seconds: float, force: bool = False) -> int:
         return 0
 
     stamp.unlink(missing_ok=True)
+    if _said(validate.problems(root), "is not built"):
+        return 1
     if force or not is_incremental(old, new):
         for folder in ("html", ".doctrees"):
             shutil.rmtree(output / folder, ignore_errors=True)
@@ -96,6 +120,8 @@ def build(root: Path, *, seconds: float, force: bool = False) -> int:
             f"The site was not built: the command ended with {status}, warnings are errors", file=sys.stderr
         )
         return status
+    if _said(page_faults(root, output / "html"), "has faults"):
+        return 1
     stamp.write_text(json.dumps(new, indent=0))
     print(f"The site is built: {page}")
     return 0

@@ -6,6 +6,7 @@ Every function returns problems, one line each that names the page; an empty lis
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.server
 import re
 import shutil
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Playwright
+    from playwright.sync_api import Browser, Playwright, Response
+    from playwright.sync_api import Page as Page_
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = [
@@ -74,7 +76,8 @@ class _Reader(HTMLParser):
             self.page.loads.append(of["src"])
         if tag == "html":
             self.page.language = of.get("lang", "")
-        if tag == "img" and not of.get("alt", "").strip():
+        # the logo stands beside the book's name, which says the same
+        if tag == "img" and not of.get("alt", "").strip() and "logo__image" not in of.get("class", ""):
             self.page.undescribed.append(of.get("src", "")[:80])
         if re.fullmatch("h[1-6]", tag):
             self.page.headings.append(tag)
@@ -180,15 +183,86 @@ _WIDE = """() => {
 }"""
 # Formulas are drawn after the page has loaded.
 _SETTLED = "() => window.MathJax?.startup?.promise?.then(() => true) ?? true"
+# How far what was already to be seen moved while the page loaded.
+_WATCH_SHIFT = """window.shift = 0; new PerformanceObserver(list => {
+    for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shift += entry.value;
+}).observe({type: 'layout-shift', buffered: true});"""
+# Images of the text whose place is not kept free until they arrive.
+_UNSIZED = """() => [...document.querySelectorAll('article img, main img')]
+    .filter(e => !(e.hasAttribute('width') && e.hasAttribute('height')))
+    .filter(e => getComputedStyle(e).aspectRatio === 'auto')
+    .map(e => e.getAttribute('src').slice(-60))"""
+_THEME = "theme => { document.documentElement.dataset.theme = theme; }"
+_OPEN = "() => document.querySelectorAll('details').forEach(e => { e.open = true; })"
+# A drawing is one image to a reader of the screen, a formula has its MathML: what they are made of is theirs.
+_AXE = """() => axe.run(
+    {exclude: [['mjx-container > mjx-math'], ['.atlas-explore-drawing > svg']]},
+    {preload: false, resultTypes: ['violations'], rules: {'color-contrast': {enabled: false}}},
+)"""
+# Contrast depends on colour, size, weight and what lies behind. A chapter has thousands of tokens and cells that
+# agree in all of these: one of each kind is looked at, which takes a second instead of thirty.
+_AXE_COLOURS = """() => {
+    const kinds = new Map(), behind = new Map();
+    const ground = e => {
+        if (!e) return '';
+        if (!behind.has(e)) {
+            const s = getComputedStyle(e);
+            const own = s.backgroundColor === 'rgba(0, 0, 0, 0)' && s.backgroundImage === 'none' && s.opacity === '1'
+                ? '' : `${s.backgroundColor} ${s.backgroundImage} ${s.opacity} / `;
+            behind.set(e, own + ground(e.parentElement));
+        }
+        return behind.get(e);
+    };
+    for (const e of document.body.querySelectorAll('*')) {
+        if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+        if (e.closest('script, style, svg, mjx-container') || !e.checkVisibility({visibilityProperty: true})) continue;
+        const s = getComputedStyle(e);
+        const kind = [s.color, s.fontSize, s.fontWeight, s.textShadow, e.localName === 'a', ground(e)].join();
+        if (!kinds.has(kind)) kinds.set(kind, e);
+    }
+    if (!kinds.size) return {violations: []};
+    return axe.run({include: [...kinds.values()]}, {preload: false, runOnly: ['color-contrast']});
+}"""
+SERIOUS = ("serious", "critical")
+SHIFT = 0.1  # the limit of a good page by web.dev's measure, cumulative layout shift
+WEIGHT = 1_500_000  # bytes that a page loads, text compressed as every web host sends it
 
 
-def page_problems(browser: Browser, address: str, *, width: int, height: int = 900) -> list[str]:
-    """Open one page at a width: errors, failed and foreign requests, and sideways scrolling.
+def axe_problems(page: Page_, themes: tuple[str, ...] = ("light", "dark")) -> list[str]:
+    """Serious and critical violations that axe-core finds on an open page: theme, rule, element and why.
+
+    Everything folded is opened first. A theme changes colours alone, so the other rules run once.
+    """
+    from axe_playwright_python.base import AXE_FILE_PATH
+
+    # a colour on its way to the other theme is none
+    page.add_style_tag(content="*, ::before, ::after { transition: none !important; }")
+    page.evaluate(_OPEN)
+    page.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
+    found = []
+    for theme in themes:
+        page.evaluate(_THEME, theme)
+        violations = page.evaluate(_AXE)["violations"] if theme == themes[0] else []
+        violations += page.evaluate(_AXE_COLOURS)["violations"]
+        for violation in violations:
+            if violation["impact"] in SERIOUS:
+                for node in violation["nodes"]:
+                    why = " ".join(node["failureSummary"].split("\n")[1].split())
+                    found.append(f"{theme}: {violation['id']}: {node['html'][:120]!r}: {why}")
+    return found
+
+
+def page_problems(
+    browser: Browser, address: str, *, width: int, height: int = 900, themes: tuple[str, ...] = ()
+) -> list[str]:
+    """Open one page at a width, once, and look at everything: errors, failed and foreign requests, sideways
+    scrolling, what moves while it loads, images without a size, its weight, and axe-core's rules in `themes`.
 
     A request to another origin is reported and blocked, so that the answer does not depend on the network.
     """
     own = urlsplit(address).netloc
     problems: list[str] = []
+    responses: list[Response] = []
     with browser.new_context(viewport={"width": width, "height": height}) as context:
         page = context.new_page()
 
@@ -201,14 +275,37 @@ def page_problems(browser: Browser, address: str, *, width: int, height: int = 9
                 route.continue_()
 
         context.route("**/*", gate)
+        page.add_init_script(_WATCH_SHIFT)
         page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on("response", lambda r: problems.append(f"{r.status} for {r.url}") if r.status >= 400 else None)
+        page.on("response", lambda response: responses.append(response))
         page.goto(address, wait_until="load")
         page.wait_for_load_state("networkidle")
         page.wait_for_function(_SETTLED)
         page.evaluate("document.fonts.ready.then(() => true)")
+        problems += [f"{r.status} for {r.url}" for r in responses if r.status >= 400]
         if wide := page.evaluate(_WIDE):
             problems.append(f"scrolls sideways at {width} px: {', '.join(wide[-3:])}")
+        if (shift := page.evaluate("window.shift")) > SHIFT:
+            problems.append(f"moves by {shift:.3f} while it loads at {width} px, more than {SHIFT}")
+        problems += [f"an image without width and height: {src}" for src in page.evaluate(_UNSIZED)]
+        if (weight := sum(map(sent_bytes, responses))) > WEIGHT:
+            problems.append(f"loads {weight:,} bytes, more than {WEIGHT:,}")
+        if themes:
+            problems += axe_problems(page, themes)
     name = urlsplit(address).path.lstrip("/")
     return [f"{name}: {problem}" for problem in problems]
+
+
+def sent_bytes(response: Response) -> int:
+    """The size of a response as a web host sends it: text in gzip, what is compressed already as it is."""
+    if response.status >= 300:
+        return 0
+    from playwright.sync_api import Error
+
+    try:
+        body = response.body()
+    except Error:  # of a page that led on to another at once
+        return 0
+    packed = Path(urlsplit(response.url).path).suffix in (".png", ".woff", ".woff2", ".jpg", ".webp")
+    return len(body) if packed else len(gzip.compress(body, mtime=0))

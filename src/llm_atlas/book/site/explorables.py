@@ -7,6 +7,7 @@ html, the png of the same output stands in.
 
 import html
 import json
+import math
 from typing import Any, ClassVar
 
 from docutils import nodes
@@ -29,9 +30,39 @@ def figure_html(spec: dict[str, Any]) -> tuple[str, str]:
         f'<figure class="{_CLASS}">\n'
         f'<p class="{_CLASS}-title">{html.escape(spec["title"])}</p>\n'
         f'<script type="application/json">{data}</script>\n'
-        f'<div class="{_CLASS}-body"></div>\n<noscript>\n'
+        f'<div class="{_CLASS}-body" style="{_room(spec)}"></div>\n<noscript>\n'
     )
     return opening, f"</noscript>\n<figcaption>{html.escape(spec['caption'])}</figcaption>\n</figure>\n"
+
+
+def _room(spec: dict[str, Any]) -> str:
+    """The height that explore.js will fill, for explore.css to keep free: nothing below moves when it draws.
+
+    The formulas are the script's own; cqw is the figure's width, which no build knows.
+    """
+    index = 0  # of the frame that is drawn first
+    for control in spec["controls"]:
+        index = index * len(control["values"]) + control["default"]
+    frame = {**spec.get("common", {}), **spec["frames"][index]}
+    kind = spec["kind"]
+    if kind == "lines":
+        drawing = "clamp(230px, 55cqw, 380px)"
+    elif kind == "bars":
+        longest = max(len(label) for label in frame["labels"]) * 7 + 8
+        across = f"{len(frame['labels']) * 24 + (24 if frame.get('yLabel') else 4) + 22}px"
+        # beside the bars where the labels do not fit under them: by far one or the other
+        drawing = across if longest * len(frame["labels"]) > 640 else "clamp(220px, 50cqw, 340px)"
+    elif kind == "heatmap":
+        columns, rows = len(frame["xTicks"]), len(frame["yTicks"])
+        widest = max(len(tick) for tick in frame["xTicks"]) * 7
+        below = (min(widest, 90) * 0.83 + 16 if widest > 28 else 20) + (20 if frame.get("xLabel") else 0)
+        left = max(len(tick) for tick in frame["yTicks"]) * 7 + 8 + (18 if frame.get("yLabel") else 0)
+        cell = f"min(46px, (100cqw - {left + 2}px) / {columns}, {max(440 / rows, 6):.4g}px)"
+        drawing = f"{cell} * {rows} + {below + 4 + 24:.4g}px"  # and its scale of colours
+    else:
+        letters = sum(len(token) + 2 for token in frame["tokens"]) * 9
+        drawing = f"{math.ceil(letters / 640) * 34 + 24}px"
+    return f"--ae-drawing: {drawing}; --ae-controls: {len(spec['controls'])}"
 
 
 class ExploreRenderer(MimeRenderPlugin):
