@@ -32,7 +32,7 @@
   addEventListener("load", () => {
     mark();
     // formulas get their width later
-    window.MathJax?.startup?.promise?.then(mark);
+    window.MathJax?.startup?.promise?.then(() => document.fonts.ready).then(mark);
   });
   // what is opened is measured then
   document.addEventListener("toggle", later, true);
