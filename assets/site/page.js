@@ -12,7 +12,7 @@
   };
   const mark = () => {
     for (const node of document.querySelectorAll(WIDE)) {
-      const scrolls = node.scrollWidth > node.clientWidth + 1 && getComputedStyle(node).overflowX !== "visible";
+      const scrolls = node.scrollWidth > node.clientWidth && getComputedStyle(node).overflowX !== "visible";
       if (scrolls && !node.hasAttribute("tabindex")) {
         node.tabIndex = 0;
         node.dataset.atlasWide = "";
