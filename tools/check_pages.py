@@ -238,6 +238,7 @@ def axe_problems(page: Page_, themes: tuple[str, ...] = ("light", "dark")) -> li
     # a colour on its way to the other theme is none
     page.add_style_tag(content="*, ::before, ::after { transition: none !important; }")
     page.evaluate(_OPEN)
+    page.wait_for_timeout(400)  # page.js looks at what was opened a moment later
     page.evaluate(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
     found = []
     for theme in themes:

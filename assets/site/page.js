@@ -12,7 +12,7 @@
   };
   const mark = () => {
     for (const node of document.querySelectorAll(WIDE)) {
-      const scrolls = node.scrollWidth > node.clientWidth + 1 && getComputedStyle(node).overflowX !== "visible";
+      const scrolls = node.scrollWidth > node.clientWidth && getComputedStyle(node).overflowX !== "visible";
       if (scrolls && !node.hasAttribute("tabindex")) {
         node.tabIndex = 0;
         node.dataset.atlasWide = "";
@@ -32,7 +32,7 @@
   addEventListener("load", () => {
     mark();
     // formulas get their width later
-    window.MathJax?.startup?.promise?.then(mark);
+    window.MathJax?.startup?.promise?.then(() => document.fonts.ready).then(mark);
   });
   // what is opened is measured then
   document.addEventListener("toggle", later, true);
