@@ -319,6 +319,8 @@ def test_what_is_known_leaves_the_path_and_stays_known(front) -> None:
     page.get_by_label("I know Causal language modelling").check()
     path = reading_path("agentic-rl", load_concepts(), {"causal-lm"})
     assert on_path(page) == path
+    # the shorter path has moved the map below the pointer
+    page.mouse.move(2, 2)
     assert lit(page, "onpath") == set(path)
     # its tick has moved below the path, and the focus with it
     assert page.evaluate("document.activeElement.dataset.id") == "causal-lm"

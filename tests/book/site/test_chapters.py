@@ -103,7 +103,7 @@ def _read(page: str, notebook: dict, suffix: str = ".ipynb") -> dict:
 def test_the_opening_stands_at_the_end_of_the_titles_cell() -> None:
     notebook = _notebook(("markdown", "A badge"), ("markdown", "# Title\n\nWords."), ("code", "x = 1"))
     read = _read("chapters/01-core-transformer", notebook)
-    assert read["cells"][1]["source"].startswith("# Title\n\nWords.\n\n")
+    assert read["cells"][1]["source"].startswith("# 1. Title\n\nWords.\n\n")
     assert "atlas-opener" in read["cells"][1]["source"]
     # every other cell keeps its place, so that a warning names the right one
     assert [c["source"] for c in read["cells"][::2]] == ["A badge", "x = 1"]

@@ -218,7 +218,7 @@ def test_what_is_known_leaves_the_path_with_what_only_it_needs() -> None:
     concepts = load_concepts()
     known = frozenset({"causal-lm"})
     path = reading_path("dpo", concepts, known)
-    assert path == ["full-fine-tuning", "instruction-tuning", "rlhf-ppo", "dpo"]
+    assert path == ["full-fine-tuning", "rlhf-ppo", "dpo"]
     assert set(path[:-1]) == closure("dpo", known)
     assert reading_path("agentic-rl", concepts, known) != reading_path("agentic-rl", concepts)
     assert "decoder-only" in reading_path("agentic-rl", concepts, known)  # few-shot needs it as well

@@ -42,9 +42,7 @@ FILES = {
     "atlas-map": ("map.css", "map.js"),
 }
 # Other modules here that set something up in Sphinx themselves.
-PARTS = tuple(
-    f"llm_atlas.book.site.{name}" for name in ("api", "chapters", "explorables", "search", "validate")
-)
+PARTS = ("api", "bibliography", "chapters", "explorables", "finish", "search", "validate")
 _MARKER = re.compile(r"^% atlas: (\S+)[ \t]*$", re.MULTILINE)
 
 
@@ -97,7 +95,7 @@ def _load_on_page(
 def setup(app: Sphinx) -> dict[str, Any]:
     """The Sphinx extension `llm_atlas.book.site`."""
     for part in PARTS:
-        importlib.import_module(part).setup(app)
+        importlib.import_module(f"{__name__}.{part}").setup(app)
     app.connect("builder-inited", _add_static)
     app.connect("source-read", _fill)
     app.connect("html-page-context", _load_on_page)

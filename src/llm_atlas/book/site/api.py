@@ -410,7 +410,7 @@ def _mend_signatures(
 
 def setup(app: Sphinx) -> None:
     """Connect the pages: docstrings, signatures, and the line under a concept's heading."""
-    app.setup_extension("llm_atlas.book.site.bibliography")
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("doctree-resolved", _link_sections)

@@ -92,6 +92,10 @@ def _write_scorer(app: Sphinx) -> None:
 def _add_entries(app: Sphinx, doctree: nodes.document, page: str) -> None:
     if app.builder.format != "html":
         return
+    # the glossary has entries of its own for its terms: a concept's name leads to the concept
+    known = {text for texts in _entries().values() for text in texts}
+    for index in doctree.findall(addnodes.index):
+        index["entries"] = [entry for entry in index["entries"] if entry[1].lower() not in known]
     labels = app.env.domains["std"].data["anonlabels"]
     for id_, texts in _entries().items():
         where, anchor = labels.get(id_, ("", ""))

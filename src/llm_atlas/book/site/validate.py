@@ -257,7 +257,6 @@ class _NotebookLines(logging.Filter):
 
 
 def setup(app: Sphinx) -> None:
-    app.setup_extension("llm_atlas.book.site.finish")
     # after Sphinx's own filter, which writes the location as text
     for handler in logging.getLogger("sphinx").handlers:
         handler.addFilter(_NotebookLines())
