@@ -143,7 +143,7 @@ test-chapters: setup-test assets
 
 .PHONY: test-site
 test-site: setup-test site
-	LLM_ATLAS_REQUIRE_SITE=1 $(LIMIT) 900 $(PY) -m pytest tests/test_site.py tests/browser
+	LLM_ATLAS_REQUIRE_SITE=1 $(LIMIT) 1500 $(PY) -m pytest tests/test_site.py tests/browser -n 2
 
 .PHONY: bench
 bench: setup-test assets  ## speed against the peer, in one run
