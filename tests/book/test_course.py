@@ -23,7 +23,6 @@ import torch
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from llm_atlas.book import course
 from llm_atlas.book.checks import check
 from llm_atlas.book.concepts import chapters, load_concepts
 from llm_atlas.book.course import (
@@ -32,11 +31,15 @@ from llm_atlas.book.course import (
     PLANS,
     Week,
     assignment,
+    kit,
     mark,
     prerequisites,
     syllabus,
     write_course,
     written,
+)
+from llm_atlas.book.course import (
+    marks as marking,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -156,7 +159,7 @@ def test_the_points_are_those_of_the_cells(made: Path):
 
 
 def test_the_course_lies_in_one_folder_that_can_be_moved(made: Path):
-    assert {path.name for path in made.iterdir()} == course._WRITTEN - {".ipynb_checkpoints"}
+    assert {path.name for path in made.iterdir()} == kit._WRITTEN - {".ipynb_checkpoints"}
     assert list(made.parent.iterdir()) == [made], "something was left beside it"
     assert str(made.parent).encode() not in (made / "gradebook.db").read_bytes()
     assert "### Twelve weeks" in (made / "syllabus.md").read_text()
@@ -233,7 +236,7 @@ def marked(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(root: Path) -> dict[str, str]:
     return os.environ | {
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]),
-        "PYTHONPATH": str(Path(course.__file__).parent.parent.parent),
+        "PYTHONPATH": str(Path(kit.__file__).parents[3]),
         "JUPYTER_CONFIG_DIR": str(root.parent / "jupyter"),
         "OMP_NUM_THREADS": "1",
     }
@@ -347,9 +350,9 @@ def test_seeds_are_drawn_anew(monkeypatch: pytest.MonkeyPatch):
     for _ in range(2):
         torch.manual_seed(0)
         mark("self-attention", watch)
-    runs = len(seen) // (2 * course.RUNS)
+    runs = len(seen) // (2 * marking.RUNS)
     firsts = [tuple(seen[i : i + runs]) for i in range(0, len(seen), runs)]
-    assert len(set(firsts)) == 2 * course.RUNS
+    assert len(set(firsts)) == 2 * marking.RUNS
 
 
 @pytest.mark.usefixtures("grading")
@@ -389,7 +392,7 @@ def test_outside_of_grading_the_verdict_is_printed():
     ],
 )  # fmt: skip
 def test_myst_becomes_markdown(myst: str, plain: str):
-    assert course._plain(myst, "x.ipynb, cell c", {"here": "#Here"}) == plain
+    assert dialect.plain(myst, "x.ipynb, cell c", {"here": "#Here"}) == plain
 
 
 EXERCISE = "```{exercise} T\n:label: ex-feed-forward\n\nCount.\n```"
@@ -507,9 +510,9 @@ def test_a_failure_leaves_the_course_as_it_was(tmp_path: Path):
 def test_without_nbgrader_one_line_says_what_to_install(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    find = course.importlib.util.find_spec
+    find = kit.importlib.util.find_spec
     monkeypatch.setattr(
-        course.importlib.util, "find_spec", lambda name: None if name == "nbgrader" else find(name)
+        kit.importlib.util, "find_spec", lambda name: None if name == "nbgrader" else find(name)
     )
     with pytest.raises(
         ValueError, match=re.escape("a course needs nbgrader: pip install 'llm-atlas[course]'")
@@ -519,13 +522,13 @@ def test_without_nbgrader_one_line_says_what_to_install(
 
 def test_what_nbgrader_says_is_told(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^nbgrader made no release: .*No notebooks were matched"):
-        course._release(tmp_path)
+        kit._release(tmp_path)
 
 
 @pytest.mark.parametrize(
     "cell",
     [
-        new_markdown_cell("**Solution.** So.", metadata={"tags": [course.INSTRUCTOR]}),
+        new_markdown_cell("**Solution.** So.", metadata={"tags": [kit.INSTRUCTOR]}),
         new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION"),
         new_code_cell("### BEGIN HIDDEN TESTS\n1\n### END HIDDEN TESTS"),
     ],
@@ -535,7 +538,7 @@ def test_a_release_that_gives_something_away_is_refused(tmp_path: Path, cell: No
     place.mkdir(parents=True)
     nbformat.write(new_notebook(cells=[cell]), place / "x.ipynb")
     with pytest.raises(ValueError, match=f"the release of {NAME} still holds"):
-        course._check_release(tmp_path)
+        kit._check_release(tmp_path)
 
 
 # ---- the plans
