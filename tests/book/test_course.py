@@ -38,9 +38,8 @@ from llm_atlas.book.course import (
     write_course,
     written,
 )
-from llm_atlas.book.course import (
-    marks as marking,
-)
+from llm_atlas.book.course import marks as marking
+from llm_atlas.book.course import myst as dialect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHAPTERS = ROOT / "chapters"
