@@ -35,8 +35,13 @@ assert len(load_claims()) > 10
 assert claim("ffn-4x", 4.0).outcome == "held"
 assert claim("ffn-4x", 9.0).outcome == "not here"
 
+from llm_atlas.book.course import mark
+missing = {"nbgrader", "nbformat", "myst_parser", "markdown_it", "docutils", "pybtex"} & set(sys.modules)
+assert not missing, f"a student's notebook would need {missing}"
+
 right = lambda q, k, v: (q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v
 assert check("self-attention", right).state == "right", check("self-attention", right)
+mark("self-attention", right)
 assert check("self-attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v).state == "wrong"
 
 assert not [name for name, module in sys.modules.items()

@@ -5,6 +5,7 @@ import csv
 import functools
 import html
 import io
+import math
 import os
 import re
 import shutil
@@ -297,6 +298,17 @@ def test_the_feedback_names_the_counterexample(marked: Path):
 # ---- marking, without nbgrader
 
 
+def test_a_cell_that_cannot_be_read_is_not_marked_by_the_answer_before_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    nb, _ = assignment(CHAPTER)
+    cells = {cell.id: cell.source for cell in nb.cells if cell.cell_type == "code"}
+    space: dict[str, Any] = {"math": math, "torch": torch}
+    exec(cells["self-attention-answer"], space)
+    exec(cells["self-attention-fresh"], space)
+    with pytest.raises(AssertionError, match="multi-head-attention: unattempted"):
+        exec(cells["multi-head-attention-fresh"], space)  # its answer's cell stopped with a SyntaxError
+
+
 @pytest.fixture
 def grading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
@@ -513,9 +525,7 @@ def test_without_nbgrader_one_line_says_what_to_install(
     monkeypatch.setattr(
         kit.importlib.util, "find_spec", lambda name: None if name == "nbgrader" else find(name)
     )
-    with pytest.raises(
-        ValueError, match=re.escape("a course needs nbgrader: pip install 'llm-atlas[course]'")
-    ):
+    with pytest.raises(ValueError, match=re.escape("a course needs nbgrader: pip install '.[course]'")):
         write_course(tmp_path / "course", folder=folder)
 
 

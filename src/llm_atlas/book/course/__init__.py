@@ -10,7 +10,7 @@ MyST directive, a cell with a blank `answer` and its check, and a solution direc
     NAME-fresh     2 points, all or none: three runs of the check with seeds drawn when the notebook is graded
 
 `mark` is what the last two call, in the kernel of a student's notebook, where neither nbgrader nor a MyST
-parser is needed. Writing a course needs both: pip install "llm-atlas[course]".
+parser is needed. Writing a course needs both: pip install ".[course]".
 """
 
 from llm_atlas.book.course.assignment import Exercise, assignment

@@ -151,15 +151,16 @@ def _exercise_cells(exercise: _Piece, code: NotebookNode, solution: _Piece) -> I
         f'# No points: try as often as you like, the inputs are new each time.\ncheck("{concept}", answer)',
         f"{concept}-check",
     )
-    call = f'from llm_atlas.book.course import mark\n\nmark("{concept}", answer'
+    mark, call = "from llm_atlas.book.course import mark\n\n", f'mark("{concept}", answer'
     yield _locked(
-        f"# {EXAMPLE_POINTS} point: the smallest example.\n{call}, example=True)",
+        f"# {EXAMPLE_POINTS} point: the smallest example.\n{mark}{call}, example=True)",
         f"{concept}-example",
         EXAMPLE_POINTS,
     )
     yield _locked(
         f"# {FRESH_POINTS} points: fresh inputs, drawn when this notebook is graded.\n"
-        f"### BEGIN HIDDEN TESTS\n{call})\n### END HIDDEN TESTS",
+        # a cell that cannot be read leaves the last exercise's answer, which would be marked for this one
+        f"### BEGIN HIDDEN TESTS\n{mark}try:\n    {call})\nfinally:\n    answer = ...\n### END HIDDEN TESTS",
         f"{concept}-fresh",
         FRESH_POINTS,
     )
@@ -202,7 +203,7 @@ def assignment(path: Path) -> tuple[NotebookNode, tuple[Exercise, ...]]:
                 )
             taken.add(id(code))
             worth = f"{EXAMPLE_POINTS + FRESH_POINTS} points"
-            head = f"**Exercise. {piece.title}** ({worth})"
+            head = f"**Exercise. {piece.title}** ({worth}; your function keeps the name `answer`)"
             cells.append(
                 new_markdown_cell(f"{head}\n\n{plain(piece.text, piece.where, anchors)}", id=piece.id)
             )

@@ -67,7 +67,7 @@ def _require_tools() -> None:
     }
     missing = [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ValueError(f"a course needs {', '.join(missing)}: pip install 'llm-atlas[course]'")
+        raise ValueError(f"a course needs {', '.join(missing)}: pip install '.[course]'")
 
 
 def write_course(
@@ -205,5 +205,7 @@ Copy this folder to where you teach from. Activate the environment that nbgrader
     nbgrader generate_feedback ASSIGNMENT             # a page for each student, with the counterexamples
     nbgrader export                                   # all marks as grades.csv
 
-Students need the package `llm-atlas`; grading runs their code, so do it in a container.
+Grading runs students' code, so do it in a container. Students need Python 3.11 or newer and, in a copy of the book's
+repository, `pip install . jupyterlab` and `llm-atlas assets`. They write in the cells that say "your code here", and
+hand the file in under its own name.
 """

@@ -43,6 +43,8 @@ def _fault(concept: str, answer: Any) -> str:
     for _ in range(RUNS):
         seed = secrets.randbelow(2**53)
         verdict = check(concept, answer, seed=seed)
+        if verdict.state == "unattempted":
+            return repr(verdict)
         if not verdict:
             return f"{verdict!r}\nThe same inputs again: check({concept!r}, answer, seed={seed})"
     return ""
