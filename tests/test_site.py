@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import build_site
@@ -57,6 +58,35 @@ def test_every_concept_of_a_chapter_has_its_place_on_the_page(site: Path):
     }
     concepts = [concept for concept in load_concepts().values() if concept.chapter in ids]
     assert [concept.id for concept in concepts if concept.id not in ids[concept.chapter]] == []
+
+
+def test_a_source_says_where_it_is_used(site: Path):
+    text = (site / "chapters/references.html").read_text(encoding="utf-8")
+    entry = text[text.index("Attention Is All You Need") :].partition("atlas-cited")[2].partition("</p>")[0]
+    assert re.search(r'href="01-core-transformer\.html#[^"]*">1\. Core Transformer Architecture<', entry)
+    assert 'href="01-core-transformer.html#causal-mask">Causal masking<' in entry
+    # the concepts of a planned chapter stand in the tables
+    assert 'href="tables.html#' in text[text.index("Direct Preference Optimization") :]
+
+
+def test_a_chapter_bears_the_title_of_its_table():
+    from llm_atlas.book.concepts import chapters
+
+    for chapter in chapters():
+        path = ROOT / "chapters" / f"{chapter.slug}.ipynb"
+        if path.is_file():
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            assert first.partition("\n")[0] == f"# {chapter.title}"
+
+
+def test_the_front_page_shows_the_numbers_of_the_data(site: Path):
+    from llm_atlas.book.site import front
+
+    text = (site / "chapters/index.html").read_text(encoding="utf-8")
+    numbers = re.findall(r"<li><strong>.*?</li>", front.markdown())
+    assert len(numbers) == 3
+    assert [number for number in numbers if number not in text] == []
 
 
 def test_launch_buttons_only_with_an_address(site: Path):

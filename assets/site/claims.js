@@ -107,8 +107,15 @@
     descending = state.get("order") === "descending";
     show({ keep: false });
   };
+  const anchor = () => {
+    try {
+      return decodeURIComponent(location.hash.slice(1));
+    } catch {
+      return location.hash.slice(1); // a stray % is no code
+    }
+  };
   const reveal = () => {
-    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const target = location.hash && document.getElementById(anchor());
     const row = target && target.closest("tr");
     if (!row || !table.contains(row)) return;
     if (row.hidden) clear();

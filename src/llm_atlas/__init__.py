@@ -1,4 +1,4 @@
-"""Large language models, every part built from scratch, run and checked.
+"""The code of LLM Atlas, a book on large language models: every part that it teaches, in layers.
 
 Importing the package is cheap: a subpackage (`llm_atlas.nn`, `llm_atlas.text`, ...) is imported when it is
 first touched, and PyTorch with it only if that subpackage computes.

@@ -495,7 +495,13 @@ def test_chapters_must_exist(tmp_path: Path, folder: Path):
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("submitted/ann/x.ipynb", "holds students' work"), ("thesis.tex", "holds something else than a course")],
+    [
+        ("submitted/ann/x.ipynb", "holds students' work"),
+        ("autograded/ann/x.ipynb", "holds students' work"),
+        ("feedback/ann/x.html", "holds students' work"),
+        ("thesis.tex", "holds something else than a course"),
+        ("source/thesis.tex", "holds something else than a course"),
+    ],
 )
 def test_nothing_of_others_is_replaced(tmp_path: Path, folder: Path, file: str, message: str):
     path = tmp_path / "course" / file

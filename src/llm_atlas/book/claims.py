@@ -16,7 +16,7 @@ from typing import Any, Literal
 from llm_atlas.book.concepts import load_concepts, read_yaml
 from llm_atlas.core.assets import bundled
 
-__all__ = ["KINDS", "Claim", "ClaimVerdict", "claim", "load_claims"]
+__all__ = ["KINDS", "Claim", "ClaimVerdict", "claim", "judge", "load_claims"]
 
 Outcome = Literal["held", "partly", "not here"]
 KINDS = ("at_least", "at_most", "about", "ratio", "range", "boolean", "category")
@@ -181,7 +181,8 @@ def load_claims(path: Path | None = None) -> dict[str, Claim]:
     return dict(_load(path or bundled("claims.yml")))
 
 
-def _judge(row: Claim, value: Any) -> Outcome:
+def judge(row: Claim, value: Any) -> Outcome:
+    """The verdict of a row's limits on a value of its kind."""
     if row.kind == "boolean":
         return "held" if value is row.held else "not here"
 
@@ -234,4 +235,4 @@ def claim(claim_id: str, value: Any, *, on: str = "") -> ClaimVerdict:
         raise ValueError(f"no claim is called {claim_id!r}{meant}")
     row = claims[claim_id]
     typed = _typed(row, value)
-    return ClaimVerdict(row, _judge(row, typed), typed, on or row.measured_on)
+    return ClaimVerdict(row, judge(row, typed), typed, on or row.measured_on)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,7 +132,12 @@ def test_each_claim_of_a_cell_has_its_target(tmp_path: Path) -> None:
         document += nodes.container(nb_element="cell_code", cell_index=index)
     document.settings.env = SimpleNamespace(docname="x", doc2path=lambda name: str(path))
     ClaimTargets(document).apply()
-    assert [cell["ids"] for cell in document.children] == [[], ["claim-a", "claim-b"], ["claim-c"]]
+    cells = [node for node in document.children if isinstance(node, nodes.container)]
+    assert [cell["ids"] for cell in cells] == [[], ["claim-a", "claim-b"], ["claim-c"]]
+    # and below each, the way to the claims' rows
+    below = [node.astext() for node in document.children if isinstance(node, nodes.raw)]
+    assert [re.findall(r"claims\.html#ledger-(\w)", line) for line in below] == [["a", "b"], ["c"]]
+    assert [document.children.index(cell) for cell in cells] == [0, 1, 3]
     for name, cell in (("claim-a", 1), ("claim-b", 1), ("claim-c", 2)):
-        assert document.ids[document.nameids[name]] is document.children[cell]
+        assert document.ids[document.nameids[name]] is cells[cell]
         assert document.nametypes[name]

@@ -52,6 +52,7 @@ CLAIMS = """\
 """
 MARKDOWN = "(self-attention)=\n## Attention\n\nSee [the index](index.md) and [residual](residual).\n"
 CODE = 'x = 1\nclaim("some-claim", x)'
+PRINTED = "some-claim: held\n  claimed   f: s\n  measured  2.5, on a thing\n"
 INDEX = "# Book\n\n[chapter](01-core-transformer.ipynb), `[code](is-no-link.md)`, [out](https://example.org/x.md)\n"
 
 
@@ -75,7 +76,9 @@ def tree(tmp_path: Path) -> Path:
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_markdown_cell(MARKDOWN),
-            nbformat.v4.new_code_cell(CODE),
+            nbformat.v4.new_code_cell(
+                CODE, execution_count=1, outputs=[nbformat.v4.new_output("stream", text=PRINTED)]
+            ),
             nbformat.v4.new_markdown_cell("(residual)=\n## Residual"),
         ]
     )
@@ -108,7 +111,9 @@ NOTEBOOK = "chapters/01-core-transformer.ipynb"
         ("assets/claims.yml", "#residual", "#residue", "claims.yml:1: claim 'some-claim' has cell"),
         ("assets/claims.yml", "transformer#", "transformers#", "claims.yml:1: claim 'some-claim' has cell"),
         (NOTEBOOK, 'claim(\\"some-claim', 'claimed(\\"some-claim', "claims.yml:1: claim 'some-claim' is measured, but"),
-        (NOTEBOOK, 'claim(\\"some-claim', 'claim(\\"a-claim', ":22 (cell 2): claim('a-claim') has no row"),
+        ("assets/claims.yml", "held: 2.0", "held: 3.0", "claims.yml:1: claim 'some-claim': cell 1 of 01-core"),
+        ("assets/claims.yml", "state: measured", "state: planned", "claims.yml:1: claim 'some-claim' is planned, and"),
+        (NOTEBOOK, 'claim(\\"some-claim', 'claim(\\"a-claim', ":32 (cell 2): claim('a-claim') has no row"),
         (NOTEBOOK, "index.md", "indexes.md", ":11 (cell 1): dead link indexes.md"),
         ("chapters/index.md", "01-core-transformer.ipynb", "02.ipynb", "chapters/index.md:3: dead link 02.ipynb"),
         ("chapters/index.md", "# Book", '# B\n<a href="x/no.html">n</a>', "index.md:2: dead link x/no.html"),
@@ -172,6 +177,14 @@ def test_a_dead_link_of_a_page_is_led_back_to_its_source(
         in said
     )
     assert not (tree / "_build/site.json").exists()
+
+
+def test_a_claim_is_measured_in_its_own_chapter(tree: Path) -> None:
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CODE)])
+    nbformat.write(nb, tree / "chapters/02-other.ipynb")
+    (said,) = problems(tree)
+    assert said.startswith("chapters/02-other.ipynb:")
+    assert "(cell 1): claim('some-claim') belongs to 01-core-transformer" in said
 
 
 def test_the_place_of_a_link_in_a_notebook_names_its_cell(tree: Path) -> None:

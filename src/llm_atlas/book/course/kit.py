@@ -104,7 +104,11 @@ def _check_output(output: Path) -> None:
     for name in ("submitted", "autograded", "feedback"):
         if (output / name).exists():
             raise ValueError(f"{output} holds students' work ({name}/); choose another folder")
-    if output.exists() and (not output.is_dir() or {*os.listdir(output)} - _WRITTEN):
+    if not output.exists() or (output.is_dir() and not os.listdir(output)):
+        return
+    config = output / "nbgrader_config.py"
+    ours = config.is_file() and config.read_text(encoding="utf-8") == CONFIG
+    if not ours or {*os.listdir(output)} - _WRITTEN:
         raise ValueError(f"{output} holds something else than a course; choose another folder")
 
 

@@ -146,11 +146,12 @@ def _exercises(chapter: Chapter) -> int:
 
 
 def _title(chapter: Chapter, link: bool) -> str:
-    is_written = _exercises(chapter) > 0
+    done = _exercises(chapter)
+    state = "written" if done == len(chapter.concepts) else "begun" if done else "planned"
     title = f"{chapter.number}. {chapter.title}"
     if link:
-        title = f"[{title}]({f'{chapter.slug}.ipynb' if is_written else f'table-{chapter.number}'})"
-    return f"{title}, {'written' if is_written else 'planned'}"
+        title = f"[{title}]({f'{chapter.slug}.ipynb' if done else f'table-{chapter.number}'})"
+    return f"{title}, {state}"
 
 
 def prerequisites(numbers: Sequence[int]) -> dict[int, tuple[int, ...]]:

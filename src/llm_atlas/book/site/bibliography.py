@@ -129,9 +129,16 @@ def _mend_roles(
         context["body"] = body.replace(' role="doc-biblioentry"', "")
 
 
+def _read_again(app: Sphinx, page: str, source: list[str]) -> None:
+    """The list says which pages cite a work, and so depends on all of them."""
+    if "```{bibliography}" in source[0]:
+        app.env.note_reread()
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """The Sphinx extension; `_config.yml` names the style."""
     pybtex.plugin.register_plugin("pybtex.style.formatting", "atlas", AtlasStyle)
+    app.connect("source-read", _read_again)
     app.connect("doctree-resolved", _link_back)
     app.connect("html-page-context", _mend_roles)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

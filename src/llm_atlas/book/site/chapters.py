@@ -2,7 +2,7 @@
 
 The block is added to the end of the cell that holds the chapter's title, while Sphinx reads the notebook: a
 warning names a cell and a line in it, and both stay as they are in the file. The same module gives each cell
-that calls `claim("id", ...)` the target `claim-id`, where the claims page leads.
+that calls `claim("id", ...)` the target `claim-id`, where the claims page leads, and a way back.
 """
 
 import json
@@ -138,12 +138,15 @@ def _open_chapter(app: Sphinx, page: str, source: list[str]) -> None:
     if title is None:
         raise ValueError(f"{app.env.doc2path(page)}: no cell begins with the title, '# ...'")
     text = cell_text(title).replace("# ", f"# {chapter.number}. ", 1)
+    # for a notebook's reader; here the block below tells the time
+    text = re.sub(r"^\*\*Time\*\*[^\n]*\n?", "", text, flags=re.MULTILINE)
     title["source"] = text + "\n\n" + opener(chapter, load_concepts(), notebook)
     source[0] = json.dumps(notebook)
 
 
 class ClaimTargets(SphinxTransform):
-    """Give each code cell that calls `claim("id", ...)` the explicit target `claim-id`."""
+    """Give each code cell that calls `claim("id", ...)` the explicit target `claim-id`, and a line below it that
+    leads to the claim's row."""
 
     # before the standard domain collects the labels of the page
     default_priority = 500
@@ -153,18 +156,22 @@ class ClaimTargets(SphinxTransform):
             return
         with open(self.env.doc2path(self.env.docname), encoding="utf-8") as file:
             cells = claim_cells(json.load(file))
-        for cell in self.document.findall(nodes.container):
+        for cell in list(self.document.findall(nodes.container)):
             if cell.get("nb_element") != "cell_code":
                 continue
-            for claim_id, index in cells.items():
-                if index == cell["cell_index"]:
-                    name = f"claim-{claim_id}"
-                    # not note_explicit_target: it gives a node one id, and a cell may hold several claims
-                    cell["ids"].append(name)
-                    cell["names"].append(name)
-                    self.document.ids[name] = cell
-                    self.document.nameids[name] = name
-                    self.document.nametypes[name] = True
+            here = [claim_id for claim_id, index in cells.items() if index == cell["cell_index"]]
+            if here:
+                links = ", ".join(f'<a href="claims.html#ledger-{id_}">{id_}</a>' for id_ in here)
+                line = f'<p class="atlas-ledger">In the ledger: {links}</p>'
+                cell.parent.insert(cell.parent.index(cell) + 1, nodes.raw("", line, format="html"))
+            for claim_id in here:
+                name = f"claim-{claim_id}"
+                # not note_explicit_target: it gives a node one id, and a cell may hold several claims
+                cell["ids"].append(name)
+                cell["names"].append(name)
+                self.document.ids[name] = cell
+                self.document.nameids[name] = name
+                self.document.nametypes[name] = True
 
 
 def setup(app: Sphinx) -> None:

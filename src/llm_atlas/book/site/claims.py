@@ -5,6 +5,7 @@ page cannot say anything else than its chapter. The chapter's cell carries the t
 row on this page `ledger-ID`.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_atlas.book.claims import Claim, load_claims
+from llm_atlas.book.claims import Claim, judge, load_claims
 from llm_atlas.book.concepts import chapters, load_concepts, read_yaml
 from llm_atlas.book.site.links import claim_cells, escape, plural, read_notebook, ref
 from llm_atlas.book.site.tables import indent
@@ -101,8 +102,23 @@ def measurements(path: Path | None = None, folder: Path | None = None) -> dict[s
                     f"{where}: cell {index} of {row.chapter}.ipynb says {printed!r}, the ledger {now!r}; "
                     "run the chapter"
                 )
+        if (now := judge(row, _value(row, verdict.measured))) != verdict.outcome:
+            raise ValueError(
+                f"{where}: cell {index} of {row.chapter}.ipynb says {verdict.outcome} of {verdict.measured!r}, "
+                f"the ledger's limits {now}; run the chapter"
+            )
         found[row.id] = verdict
     return found
+
+
+def _value(row: Claim, measured: str) -> float | bool | str:
+    """The value that was printed: `0.55 of the pairs, on ...`, `yes`, or a word."""
+    if row.kind == "boolean":
+        return measured.startswith("yes")
+    if row.kind == "category":
+        return measured.partition(", on ")[0]
+    number = re.match(r"-?[\d,]*\.?\d+(e[+-]\d+)?", measured)
+    return float(number[0].replace(",", "")) if number else math.nan
 
 
 def _letters(text: str) -> str:
@@ -156,9 +172,9 @@ def claims_markdown(path: Path | None = None, folder: Path | None = None) -> str
     counts = Counter(measured[id_].outcome if id_ in measured else "planned" for id_ in rows)
     intro = (
         f"{plural(len(rows), 'claim')} that are often made about language models, {len(measured)} of them "
-        "measured so far. Each verdict was printed by a cell of its chapter, against limits "
-        "that stand in the ledger. *Not here* is a result too: it says that the claim did not come out under "
-        "the conditions named beside it."
+        "measured so far, each by a cell of its chapter against limits that were set before. "
+        "*Not here* is a result too: it says that the claim did not come out under the conditions named "
+        "beside it."
     )
     header = "* - Concept\n  - Claim\n  - What the source says\n  - Measured here"
     options = ":header-rows: 1\n:widths: 16 24 33 27\n:class: atlas-table atlas-claims"

@@ -11,9 +11,10 @@ def markdown() -> str:
     concepts, claims = load_concepts().values(), load_claims().values()
     written = [concept for concept in concepts if concept.state != "planned"]
     begun = {concept.number for concept in written}
+    whole = begun - {concept.number for concept in concepts if concept.state == "planned"}
     measured = sum(row.state == "measured" for row in claims)
     numbers = [
-        (len(chapters()), "chapters", f"{len(begun)} written"),
+        (len(chapters()), "chapters", f"{len(whole)} written"),
         (len(concepts), "concepts", f"{len(written)} written"),
         (len(claims), "claims of others", f"{measured} measured"),
     ]
@@ -23,7 +24,7 @@ def markdown() -> str:
     first = next(chapter for chapter in chapters() if chapter.number in begun)
     ways = [
         (f"{first.slug}.html", f"Start with chapter {first.number}"),
-        ("tables.html", "Look something up"),
+        ("tables.html", "The 22 tables"),
         ("#run-it", "Run it"),
         ("teach.html", "Teach with it"),
     ]

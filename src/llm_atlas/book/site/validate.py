@@ -19,6 +19,7 @@ from sphinx.application import Sphinx
 
 from llm_atlas.book.claims import load_claims
 from llm_atlas.book.concepts import Concept, load_concepts, read_yaml
+from llm_atlas.book.site.claims import measurements
 
 __all__ = ["place", "problems", "setup"]
 
@@ -181,11 +182,11 @@ def problems(root: Path) -> list[str]:
         if claim.source not in known:
             found.append(f"{where}: claim {claim.id!r} has source {claim.source!r}, no key of references.bib")
         chapter, _, target = claim.cell.partition("#")
-        if chapter in targets and target not in targets[chapter]:
+        if claim.state == "measured" and chapter in targets and target not in targets[chapter]:
             found.append(
                 f"{where}: claim {claim.id!r} has cell {claim.cell!r}, but there is no target ({target})="
             )
-        elif chapter != claim.chapter or (chapter not in targets and target not in concepts):
+        elif chapter != claim.chapter or target not in concepts:
             found.append(
                 f"{where}: claim {claim.id!r} has cell {claim.cell!r}, wanted {claim.chapter}#target"
             )
@@ -194,10 +195,17 @@ def problems(root: Path) -> list[str]:
                 f"{where}: claim {claim.id!r} is measured, "
                 f'but no cell of {claim.chapter} calls claim("{claim.id}", ...)'
             )
-    for made in calls.values():
-        found += [
-            f"{at}: claim({id!r}) has no row in assets/claims.yml" for id, at in made if id not in claims
-        ]
+    for chapter, made in calls.items():
+        for id, at in made:
+            if id not in claims:
+                found.append(f"{at}: claim({id!r}) has no row in assets/claims.yml")
+            elif claims[id].chapter != chapter:
+                found.append(f"{at}: claim({id!r}) belongs to {claims[id].chapter}, assets/claims.yml says")
+    if not found:
+        try:
+            measurements(assets / "claims.yml", chapters)
+        except ValueError as error:
+            found.append(f"assets/{error}")
     return found
 
 
