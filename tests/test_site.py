@@ -84,7 +84,7 @@ def test_the_front_page_shows_the_numbers_of_the_data(site: Path):
     from llm_atlas.book.site import front
 
     text = (site / "chapters/index.html").read_text(encoding="utf-8")
-    numbers = re.findall(r"<li><strong>.*?</li>", front.markdown())
+    numbers = re.findall(r"<li><strong>.*?</li>", front.numbers())
     assert len(numbers) == 3
     assert [number for number in numbers if number not in text] == []
 

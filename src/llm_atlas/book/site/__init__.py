@@ -29,11 +29,12 @@ GENERATORS = {
     "api-book": "llm_atlas.book.site.api:book",
     "api-cli": "llm_atlas.book.site.api:cli",
     "claims": "llm_atlas.book.site.claims:markdown",
-    "front": "llm_atlas.book.site.front:markdown",
     "glossary": "llm_atlas.book.site.glossary:markdown",
     "map": "llm_atlas.book.site.concept_map:markdown",
+    "numbers": "llm_atlas.book.site.front:numbers",
     "syllabus": "llm_atlas.book.course:syllabus",
     "tables": "llm_atlas.book.site.tables:markdown",
+    "ways": "llm_atlas.book.site.front:ways",
 }
 # A class on a page, and what that page then loads from assets/site.
 FILES = {
