@@ -297,9 +297,11 @@
         return `rgba(var(--ae-high), ${Math.min(Math.max((v - low) / (high - low), 0), 1).toFixed(3)})`;
       };
       const gap = cell > 10 && tall > 10 ? 1 : 0;
+      const masked = d.values.some((line) => line.includes(null));
+      const hatch = masked ? paint.hatch(root) : "";
       d.values.forEach((line, r) => line.forEach((v, c) => {
         const place = { x: (left + c * cell).toFixed(2), y: (top + r * tall).toFixed(2), width: (cell - gap).toFixed(2), height: (tall - gap).toFixed(2) };
-        if (v === null) svg(root, "rect", { ...place, class: "ae-blank" });
+        if (v === null) svg(root, "rect", { ...place, class: "ae-blank", style: `fill: url(#${hatch})` });
         else svg(root, "rect", { ...place, style: `fill: ${shade(v)}` });
       }));
       svg(root, "rect", { x: left, y: top, width: columns * cell, height: rows * tall, fill: "none", style: "stroke: var(--ae-border)" });
@@ -326,7 +328,17 @@
         const middle = top + (rows * tall) / 2;
         svg(root, "text", { class: "ae-name", x: 11, y: middle, "text-anchor": "middle", transform: `rotate(-90 11 ${middle})` }, d.yLabel);
       }
-      stage.append(paint.colorScale(low, high));
+      const bar = paint.colorScale(low, high);
+      if (masked) {
+        const key = html("span", { class: "atlas-explore-masked" });
+        const swatch = svg(key, "svg", { width: 20, height: 12, "aria-hidden": "true" });
+        const size = { x: 0.5, y: 0.5, width: 19, height: 11 };
+        // a pattern of its own: the one of the drawing is not found once that is redrawn
+        svg(swatch, "rect", { ...size, class: "ae-blank", style: `fill: url(#${paint.hatch(swatch)}); stroke: var(--ae-border)` });
+        key.append("masked");
+        bar.append(key);
+      }
+      stage.append(bar);
       const cursor = svg(root, "g");
       const clamp = (v, n) => Math.min(Math.max(v, 0), n - 1);
       return {
@@ -342,6 +354,17 @@
           return `${d.yLabel || "row"} ${d.yTicks[r]}, ${d.xLabel || "column"} ${d.xTicks[c]}: ${value === null ? "masked" : number(value)}`;
         },
       };
+    },
+
+    /* No weight looks like it: a colour of the scale, however pale, is even. Returns the id of the pattern. */
+    hatch(root) {
+      const id = `ae-hatch-${++count}`;
+      const pattern = svg(svg(root, "defs"), "pattern", {
+        id, width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)",
+      });
+      svg(pattern, "rect", { class: "ae-hatch-ground", width: 6, height: 6 });
+      svg(pattern, "line", { class: "ae-hatch", x1: 0.75, x2: 0.75, y1: 0, y2: 6 });
+      return id;
     },
 
     colorScale(low, high, deepest = 1) {
@@ -413,7 +436,7 @@
     const tell = () => {
       const here = view.show(cell);
       const text = here || frame().note;
-      note.textContent = text || "Point at the drawing, or focus it and use the arrow keys, to read its values.";
+      note.textContent = text || "Point at or tap the drawing, or focus it and use the arrow keys, to read its values.";
       note.classList.toggle("atlas-explore-hint", !text);
     };
     const draw = () => {

@@ -49,6 +49,7 @@ def drawings() -> dict[str, Explorable]:
             head=range(4),
             **TEXTS,
         ),
+        "whole": explore(lambda k: Heatmap([[k, 0], [0, 1]]), title="Whole", k=[1, 2], **TEXTS),
         "tokens": explore(
             lambda query: Tokens(WORDS, [i / 6 for i in range(6)], focus=query),
             title="Tokens",
@@ -149,6 +150,38 @@ def test_values_are_read_by_the_arrow_keys(opened, name: str, keys: list[str], s
     assert " ".join(note.text_content().split()) == " ".join(said.split())
     drawing.press("Escape")
     assert note.text_content() != said
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_a_masked_cell_is_hatched_and_named(opened, theme: str, media: str) -> None:
+    page = opened(theme=theme)
+    page.emulate_media(media=media)
+    figure = page.locator("#heatmap")
+    blank = figure.locator(".atlas-explore-drawing > svg > rect.ae-blank")
+    assert blank.count() == 15
+    key = figure.locator(".atlas-explore-scale .atlas-explore-masked")
+    assert key.inner_text() == "masked"
+    for rect in (blank.first, key.locator("rect.ae-blank")):
+        fill = rect.evaluate("e => getComputedStyle(e).fill")
+        pattern = page.locator(
+            f"pattern#{fill.removeprefix('url(').split('#')[1].rstrip(')').strip(chr(34))}"
+        )
+        assert pattern.count() == 1
+        colors = pattern.evaluate(
+            "e => [getComputedStyle(e.querySelector('rect')).fill,"
+            " getComputedStyle(e.querySelector('line')).stroke]"
+        )
+        assert colors[0] != colors[1]
+        if media == "print":
+            assert colors == ["rgb(255, 255, 255)", "rgb(95, 101, 112)"]
+
+
+def test_without_a_masked_cell_nothing_is_said_of_one(opened) -> None:
+    page = opened()
+    assert page.locator("#bars .atlas-explore-masked, #tokens .atlas-explore-masked").count() == 0
+    assert page.locator("#whole .ae-blank, #whole .atlas-explore-masked").count() == 0
+    assert page.locator("#whole .atlas-explore-scale").count() == 1
 
 
 def test_values_are_read_by_pointing(opened) -> None:

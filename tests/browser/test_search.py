@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -15,6 +16,8 @@ ASK = """queries => queries.map(query => {
   const found = Search._performSearch(...Search._parseQuery(query)).reverse();
   return found.slice(0, 8).map(([page, title, anchor, context]) => [page + anchor, title, context]);
 })"""
+
+ALL = ASK.replace(".slice(0, 8)", "")
 
 
 def place(id_: str) -> str:
@@ -101,6 +104,81 @@ def test_a_symbol_has_its_own_entry_too(search_page) -> None:
     assert answer[0][0] == place("self-attention")
     (answer,) = search_page.evaluate(ASK, ["scaled_dot_product_attention"])
     assert f"chapters/api/parts#{dotted}" in [at for at, *_ in answer[:3]]
+
+
+def words(text: str) -> str:
+    return f" {re.sub(r'[^a-z0-9]+', ' ', text.lower())} "
+
+
+@pytest.mark.parametrize("typed", ["attention", "norm", "cache", "head", "encoding"])
+def test_written_concepts_that_hold_the_word_come_before_planned_ones(search_page, typed: str) -> None:
+    (found,) = search_page.evaluate(ALL, [typed])
+    concepts = load_concepts()
+    at = {place(id_): concept for id_, concept in concepts.items()}
+    order = [at[one[0]] for one in found if one[0] in at]
+    holding = {id_ for id_, concept in concepts.items() if f" {typed} " in words(concept.name)}
+    assert holding <= {concept.id for concept in order}
+    exact = owners().get(typed, set())
+    rest = [concept for concept in order if concept.id not in exact]
+    states = [concept.state == "planned" for concept in rest]
+    assert states == sorted(states)
+    written = {id_ for id_ in holding - exact if concepts[id_].state != "planned"}
+    assert {concept.id for concept in rest[: len(written)]} == written
+
+
+def test_a_word_of_a_name_leads_to_the_concept_and_the_chapter(search_page) -> None:
+    attention, transformer = search_page.evaluate(ALL, ["attention", "transformer"])
+    assert attention[0][0] == place("self-attention")
+    places = [at for at, *_ in transformer]
+    planned = [rank for rank, (*_, context) in enumerate(transformer) if "planned" in (context or "")]
+    assert places.index("chapters/01-core-transformer") < min(planned, default=len(places))
+
+
+@pytest.mark.parametrize("typed", ["DPO", "LoRA", "RoPE", "MoE", "exercise"])
+def test_no_python_object_is_found_inside_a_word(search_page, typed: str) -> None:
+    (found,) = search_page.evaluate(ALL, [typed])
+    objects = [(title, context) for _, title, context in found if (context or "").startswith("Python ")]
+    for title, context in objects:
+        split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", title)
+        assert f" {typed.lower()}" in f"{words(title)}{words(split)}{words(context)}", title
+
+
+def test_objects_of_the_books_own_code_come_last(search_page) -> None:
+    for found in search_page.evaluate(ALL, ["exercise", "claim", "concept", "widget"]):
+        own = [title.startswith("llm_atlas.book.") and bool(context) for _, title, context in found]
+        assert own == sorted(own)
+    (found,) = search_page.evaluate(ALL, ["exercise"])
+    assert any(title.startswith("llm_atlas.book.") for _, title, _ in found)
+    assert not found[0][1].startswith("llm_atlas.book.")
+
+
+def test_the_page_shows_that_order(browser, site: str) -> None:
+    # a page that is opened with its query runs the search before the page is ready
+    page = browser.new_page()
+    page.goto(f"{site}search.html?q=attention", wait_until="load")
+    first = page.locator("#search-results ul.search li a").first
+    first.wait_for()
+    assert first.inner_text() == load_concepts()["self-attention"].name
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("where", ["search.html", "chapters/licences.html"])
+def test_the_magnifier_stands_before_the_text(browser, site: str, where: str, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(f"{site}{where}", wait_until="load")
+    if where != "search.html":
+        page.keyboard.press("Control+k")
+    field = page.locator("form.bd-search:visible").first
+    icon = field.locator("svg, i").first.bounding_box()
+    text = field.locator("input").evaluate(
+        "e => e.getBoundingClientRect().left + parseFloat(getComputedStyle(e).paddingLeft)"
+    )
+    assert icon["x"] + icon["width"] + 4 <= text
+    box, frame = field.locator("input").bounding_box(), field.bounding_box()
+    # the field fills its frame: no strip of another colour beside it
+    assert abs(box["x"] - frame["x"]) <= 2
+    page.close()
 
 
 @pytest.mark.parametrize(
