@@ -116,7 +116,7 @@ def test_written_concepts_that_hold_the_word_come_before_planned_ones(search_pag
     concepts = load_concepts()
     at = {place(id_): concept for id_, concept in concepts.items()}
     order = [at[one[0]] for one in found if one[0] in at]
-    holding = {id_ for id_, concept in concepts.items() if f" {typed} " in words(concept.name)}
+    holding = {id_ for id_, concept in concepts.items() if re.search(f" {typed}s? ", words(concept.name))}
     assert holding <= {concept.id for concept in order}
     exact = owners().get(typed, set())
     rest = [concept for concept in order if concept.id not in exact]
@@ -128,7 +128,7 @@ def test_written_concepts_that_hold_the_word_come_before_planned_ones(search_pag
 
 def test_a_word_of_a_name_leads_to_the_concept_and_the_chapter(search_page) -> None:
     attention, transformer = search_page.evaluate(ALL, ["attention", "transformer"])
-    assert attention[0][0] == place("self-attention")
+    assert place("self-attention") in [at for at, *_ in attention[:2]]
     places = [at for at, *_ in transformer]
     planned = [rank for rank, (*_, context) in enumerate(transformer) if "planned" in (context or "")]
     assert places.index("chapters/01-core-transformer") < min(planned, default=len(places))
@@ -153,12 +153,14 @@ def test_objects_of_the_books_own_code_come_last(search_page) -> None:
 
 
 def test_the_page_shows_that_order(browser, site: str) -> None:
-    # a page that is opened with its query runs the search before the page is ready
+    # with its scripts at hand, a page opened with its query runs the search before it is ready
     page = browser.new_page()
-    page.goto(f"{site}search.html?q=attention", wait_until="load")
-    first = page.locator("#search-results ul.search li a").first
-    first.wait_for()
-    assert first.inner_text() == load_concepts()["self-attention"].name
+    for where in ("chapters/licences.html", "search.html?q=norm", "search.html?q=attention"):
+        page.goto(f"{site}{where}", wait_until="load")
+    shown = page.locator("#search-results ul.search li > a")
+    shown.nth(3).wait_for()
+    (wanted,) = page.evaluate(ASK, ["attention"])
+    assert [shown.nth(rank).inner_text() for rank in range(4)] == [title for _, title, _ in wanted[:4]]
     page.close()
 
 
