@@ -51,6 +51,7 @@
 
   let pointed = "";
   let target = "";
+  let missing = ""; // what the address asks for, where no concept is called so
   let matches = null; // best first; null while nothing is typed
   const known = new Set();
   try {
@@ -70,10 +71,11 @@
     const stop = new Set(known);
     stop.delete(id);
     const found = reach(id, needsOf, stop);
-    return {
-      read: [...byPlace([...found].filter((other) => !stop.has(other))), id],
-      skipped: byPlace([...found].filter((other) => stop.has(other))),
-    };
+    const read = [...byPlace([...found].filter((other) => !stop.has(other))), id];
+    // also what is known below another known one: its tick is never out of reach
+    const all = reach(id, needsOf);
+    const skipped = byPlace([...all].filter((other) => stop.has(other)));
+    return { read, skipped, below: all.size + 1 - read.length - skipped.length };
   };
 
   // ---- light
@@ -140,6 +142,8 @@
     const ahead = previews.length ? ` Looks ahead to ${enumerate(previews)}.` : "";
     return `${rests}; ${builds}.${ahead}`;
   };
+  const andBelow = ({ skipped, below }) =>
+    below ? `, and ${below} that only ${skipped.length === 1 ? "it needs" : "they need"}` : "";
   const say = () => {
     let text = "";
     if (pointed) text = sentence(pointed);
@@ -149,10 +153,10 @@
           `Enter opens ${concepts.get(matches[0]).name}.`
         : "No concept matches. Escape clears the box.";
     } else if (target) {
-      const { read, skipped } = pathTo(target);
-      const left = skipped.length ? `, ${skipped.length} left out as known` : "";
-      text = `The path to ${concepts.get(target).name} has ${plural(read.length, "concept")}${left}.`;
-    }
+      const path = pathTo(target);
+      const left = path.skipped.length ? `; left out: ${path.skipped.length} that you know${andBelow(path)}` : "";
+      text = `The path to ${concepts.get(target).name} has ${plural(path.read.length, "concept")}${left}.`;
+    } else if (missing) text = `No concept is called '${missing}'.`;
     if (status.textContent !== text) status.textContent = text;
   };
   const show = () => {
@@ -198,7 +202,7 @@
     enter(stop);
     // not below what sticks to the top
     const { top, bottom } = stop.link.getBoundingClientRect();
-    const covered = bar.getBoundingClientRect().bottom + 6;
+    const covered = Math.max(...[bar, status].map((one) => one.getBoundingClientRect().bottom)) + 6;
     const by = top < covered ? top - covered : Math.max(0, bottom - innerHeight + 6);
     if (by) scrollBy({ top: by, behavior: "instant" });
   });
@@ -325,7 +329,8 @@
       panel.replaceChildren();
       return;
     }
-    const { read, skipped } = pathTo(target);
+    const path = pathTo(target);
+    const { read, skipped } = path;
     const written = read.filter((id) => concepts.get(id).state !== "planned").length;
     const head = make("div", { class: "atlas-map-path-head" });
     head.append(
@@ -352,13 +357,15 @@
     });
     panel.replaceChildren(head, list);
     if (skipped.length) {
-      const rest = make("ul", { "aria-label": "Left out, because you know them" }, make("li", {}, "You know:"));
+      const rest = make("ul", { "aria-label": "Left out as known" }, make("li", {}, "You know:"));
       for (const id of skipped) rest.append(make("li", {}, tick(id, concepts.get(id).name)));
+      if (path.below) rest.append(make("li", {}, andBelow(path).slice(2)));
       panel.append(rest);
     }
   };
-  const go = (id) => {
+  const go = (id, unknown = "") => {
     target = id;
+    missing = unknown;
     draw();
     show();
   };
@@ -369,8 +376,8 @@
     else known.delete(id);
     remember();
     go(target);
-    // its row has moved: the focus goes with it
-    panel.querySelector(`input[data-id="${id}"]`)?.focus();
+    // its row has moved: the focus goes with it; it has none if only what is known needs it
+    (panel.querySelector(`input[data-id="${id}"]`) || panel.querySelector("ul input, button")).focus();
   });
   panel.addEventListener("click", (event) => {
     if (!event.target.closest("button")) return;
@@ -380,21 +387,38 @@
 
   /* The address keeps the target, so that a path can be shared and the back button returns to the last one. */
   const asked = () => {
-    const id = /^#path=(.*)$/.exec(location.hash)?.[1] || "";
-    return concepts.has(id) ? id : "";
+    let name = /^#path=(.*)$/.exec(location.hash)?.[1] || "";
+    try {
+      name = decodeURIComponent(name);
+    } catch {
+      // a bare % stays as it is
+    }
+    if (!name || concepts.has(name)) return [name, ""];
+    const id = searched.find(({ names }) => names.includes(plain(name).trim()))?.id;
+    return id ? [id, ""] : ["", name.length > 60 ? `${name.slice(0, 60)}\u2026` : name];
   };
   const keep = (id) => {
     history.pushState(null, "", id ? `#path=${id}` : location.pathname + location.search);
     go(id);
   };
-  select.addEventListener("change", () => keep(select.value));
+  select.addEventListener("change", () => {
+    keep(select.value);
+    if (!target) return;
+    // in the list, the chapters that hold the path are unfolded, also once a filter is cleared
+    for (const id of pathTo(target).read) {
+      const fold = entries.get(id).closest("details");
+      fold.open = true;
+      if (open) open[folds.indexOf(fold)] = true;
+    }
+  });
   window.addEventListener("popstate", () => {
-    if (asked() === target) return;
-    go(asked());
+    const [id, unknown] = asked();
+    if (id === target && unknown === missing) return;
+    go(id, unknown);
     if (target) panel.scrollIntoView({ block: "nearest" });
   });
-  if (asked()) {
-    go(asked());
+  if (asked().some(Boolean)) {
+    go(...asked());
     root.scrollIntoView();
   }
 

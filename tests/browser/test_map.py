@@ -312,6 +312,48 @@ def test_an_address_with_a_path_opens_it_and_the_back_button_returns(front) -> N
 def test_an_unknown_path_is_none(front, part: str) -> None:
     page = front(part=part)
     assert not page.locator(".atlas-map-path").is_visible()
+    name = part.removeprefix("#path=") if "path=" in part else ""
+    assert (f"No concept is called '{name}'." in said(page)) == bool(name)
+
+
+def test_an_unknown_path_is_named_as_text_until_another_is_chosen(front) -> None:
+    page = front(part="#path=<img src=x>")
+    assert said(page) == "No concept is called '<img src=x>'."
+    assert not page.locator(".atlas-map-status img").count()
+    page.get_by_label("Find the path to").select_option("dpo")
+    assert said(page).startswith("The path to DPO has ")
+    page.go_back()
+    page.wait_for_function("document.querySelector('.atlas-map-path').hidden")
+    assert said(page) == "No concept is called '<img src=x>'."
+
+
+@pytest.mark.parametrize(
+    ("part", "id_"), [("DPO", "dpo"), ("kv cache", "kv-cache"), ("SDPA", "self-attention")]
+)
+def test_an_address_may_call_a_concept_by_any_of_its_names(front, part: str, id_: str) -> None:
+    page = front(part=f"#path={part}")
+    assert on_path(page) == reading_path(id_, load_concepts())
+
+
+def test_all_that_is_known_can_be_unticked_and_all_that_is_left_out_is_counted(front) -> None:
+    known = ("self-attention", "rlhf-ppo")  # the second needs the first
+    page = front(
+        part="#path=dpo",
+        before=f"localStorage.setItem('llm-atlas-known', '{json.dumps(known)}')",
+    )
+    concepts = load_concepts()
+    path = reading_path("dpo", concepts, known)
+    assert on_path(page) == path
+    assert set(known) <= nx.ancestors(needs_graph(concepts), "dpo")
+    assert ids(page, ".atlas-map-path ul input") == [id_ for id_ in concepts if id_ in known]
+    below = len(reading_path("dpo", concepts)) - len(path) - len(known)
+    assert below > 0
+    assert said(page).endswith(f"; left out: 2 that you know, and {below} that only they need.")
+    page.get_by_label("I know Self-attention").click()  # and is gone, so the focus goes elsewhere in the panel
+    assert page.evaluate("document.activeElement.closest('.atlas-map-path') !== null")
+    assert ids(page, ".atlas-map-path ul input") == ["rlhf-ppo"]
+    assert f"1 that you know, and {below + 1} that only it needs" in said(page)
+    assert f"and {below + 1} that only it needs" in page.locator(".atlas-map-path ul").inner_text()
 
 
 def test_what_is_known_leaves_the_path_and_stays_known(front) -> None:
@@ -442,6 +484,9 @@ def test_a_phone_has_the_list_and_not_the_drawing(front) -> None:
     page.get_by_label("Find the path to").select_option("dpo")
     assert on_path(page) == reading_path("dpo", load_concepts())
     assert set(ids(page, ".atlas-map-list li.onpath")) == set(on_path(page))
+    marked = page.locator(".atlas-map-list li.onpath")
+    assert all(marked.nth(place).is_visible() for place in range(marked.count()))
+    assert not page.locator("details[data-chapter='22'] li").first.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     link.click()
     page.wait_for_url(f"**/{address(load_concepts()['dpo'])}")
@@ -455,6 +500,19 @@ def test_a_laptop_has_one_of_the_two_at_a_time(front) -> None:
         assert button.get_attribute("aria-pressed") == "true"
         assert page.locator(".atlas-map-drawing").is_visible() == drawing
         assert page.locator(".atlas-map-list").is_visible() != drawing
+
+
+@pytest.mark.parametrize("name", ["Map", "List"])
+def test_the_status_line_lies_inside_the_map(front, name: str) -> None:
+    page = front()
+    page.get_by_role("button", name=name, exact=True).click()
+    page.get_by_label("Find a concept").fill("attention")
+    line, whole = page.locator(".atlas-map-status").bounding_box(), page.locator(".atlas-map").bounding_box()
+    for start, size in (("x", "width"), ("y", "height")):
+        assert line[start] >= whole[start]
+        assert line[start] + line[size] <= whole[start] + whole[size]
+    below = page.locator(".atlas-map-drawing" if name == "Map" else ".atlas-map-list").bounding_box()
+    assert line["y"] + line["height"] <= below["y"]
 
 
 # ---- themes, print, script, access
