@@ -18,14 +18,13 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
-import llm_atlas
 from llm_atlas.book.concepts import Concept, load_concepts
 from llm_atlas.book.site.docstrings import escape, markdown_to_rst
 
 __all__ = ["PAGES", "Module", "Page", "concepts_of", "markdown", "modules", "setup"]
 
 PACKAGE = "llm_atlas"
-_ROOT = Path(llm_atlas.__file__).parent
+_ROOT = Path(__file__).parents[2]
 _PARAMETERS = re.compile(r'<dl>\n((?:<dd><em class="sig-param">.*?</dd>\n)+)</dl>', re.DOTALL)
 # A value longer than this is not shown beside its constant.
 _SHOWN = 70
@@ -181,7 +180,7 @@ def _section(module: Module) -> str:
 def _commands() -> list[str]:
     import typer.main
 
-    from llm_atlas.cli import app
+    app = importlib.import_module(f"{PACKAGE}.cli").app  # documented like any module, and not depended on
 
     return list(getattr(typer.main.get_command(app), "commands", {}))
 
@@ -189,7 +188,7 @@ def _commands() -> list[str]:
 def _help(command: list[str]) -> str:
     from typer.testing import CliRunner
 
-    from llm_atlas.cli import app
+    app = importlib.import_module(f"{PACKAGE}.cli").app  # documented like any module, and not depended on
 
     shown = CliRunner().invoke(
         app, [*command[1:], "--help"], prog_name=command[0], env={"COLUMNS": "80"}, terminal_width=80
