@@ -349,9 +349,8 @@ def test_all_that_is_known_can_be_unticked_and_all_that_is_left_out_is_counted(f
     below = len(reading_path("dpo", concepts)) - len(path) - len(known)
     assert below > 0
     assert said(page).endswith(f"; left out: 2 that you know, and {below} that only they need.")
-    page.get_by_label(
-        "I know Self-attention"
-    ).click()  # and is gone, so the focus goes elsewhere in the panel
+    # its row is gone: the focus goes elsewhere in the panel
+    page.get_by_label("I know Self-attention").click()
     assert page.evaluate("document.activeElement.closest('.atlas-map-path') !== null")
     assert ids(page, ".atlas-map-path ul input") == ["rlhf-ppo"]
     assert f"1 that you know, and {below + 1} that only it needs" in said(page)
