@@ -56,7 +56,8 @@ def test_every_concept_of_a_chapter_has_its_place_on_the_page(site: Path):
     ids = {
         page.stem: check_pages.read_page(page.read_text()).ids for page in (site / "chapters").glob("*.html")
     }
-    concepts = [concept for concept in load_concepts().values() if concept.chapter in ids]
+    concepts = [concept for concept in load_concepts().values() if concept.state != "planned"]
+    assert concepts
     assert [concept.id for concept in concepts if concept.id not in ids[concept.chapter]] == []
 
 

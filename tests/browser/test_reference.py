@@ -129,11 +129,11 @@ def test_every_measured_claim_leads_to_the_cell_that_measures_it(opened, site: s
     page = opened("claims.html")
     links = page.get_by_role("link", name="See the cell")
     addresses = [link.get_attribute("href") for link in links.all()]
-    assert addresses == [f"01-core-transformer.html#claim-{id_}" for id_ in measurements()]
-    links.nth(6).click()
+    assert addresses == [f"{load_claims()[id_].chapter}.html#claim-{id_}" for id_ in measurements()]
+    links.nth(list(measurements()).index("ffn-4x")).click()
     page.wait_for_url(f"{site}{CHAPTER}#claim-ffn-4x")
     assert _in_view(page, "claim-ffn-4x")
-    for address in addresses:
+    for address in filter(lambda address: address.startswith(CHAPTER.rpartition("/")[2]), addresses):
         name = address.partition("#claim-")[2]
         cell = page.locator(f'.cell[id="claim-{name}"], .cell:has(> [id="claim-{name}"])')
         assert cell.count() == 1

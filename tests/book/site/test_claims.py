@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from llm_atlas.book.claims import claim, load_claims
 from llm_atlas.book.site.claims import claims_markdown, measurements, printed_verdict
-from llm_atlas.book.site.links import read_notebook
+from llm_atlas.book.site.links import chapters_folder, read_notebook
 from llm_atlas.core.assets import bundled
 
 SLUG = "01-core-transformer"
@@ -19,10 +20,12 @@ SLUG = "01-core-transformer"
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Callable[[Callable[[dict], Any]], Path]:
-    """A folder with the first chapter after a change."""
+    """A folder with all chapters, the first after a change."""
 
     def plant(change: Callable[[dict], Any]) -> Path:
         notebook = copy.deepcopy(read_notebook(SLUG))
+        for path in chapters_folder().glob("*.ipynb"):
+            shutil.copy(path, tmp_path)
         change(notebook)
         (tmp_path / f"{SLUG}.ipynb").write_text(json.dumps(notebook))
         return tmp_path
