@@ -423,7 +423,11 @@ def test_the_smallest_assignment(tmp_path: Path):
     text = f"Before.\n\n{EXERCISE}", BLANK, f"{SOLUTION}\n\nAfter."
     nb, _ = assignment(notebook(tmp_path, *zip(("md", "py", "md"), text, strict=True)))
     prose = [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
-    assert prose == ["Before.", "**Exercise. T** (3 points)\n\nCount.", "After."]
+    assert prose == [
+        "Before.",
+        "**Exercise. T** (3 points; your function keeps the name `answer`)\n\nCount.",
+        "After.",
+    ]
     source = graded(nb)["feed-forward-answer"].source
     assert source == "def answer(a, b):\n    ### BEGIN SOLUTION\n    return a\n    ### END SOLUTION"
     assert len({cell.id for cell in nb.cells}) == len(nb.cells)
@@ -516,6 +520,7 @@ def test_a_failure_leaves_the_course_as_it_was(tmp_path: Path):
     old = tmp_path / "course" / "README.md"
     old.parent.mkdir()
     old.write_text("old")
+    (old.parent / "nbgrader_config.py").write_text(kit.CONFIG)
     (tmp_path / "chapters").mkdir()
     broken = notebook(tmp_path / "chapters", ("md", EXERCISE))
     with pytest.raises(ValueError, match="has no solution"):

@@ -101,6 +101,7 @@ def _read(page: str, notebook: dict, suffix: str = ".ipynb") -> dict:
     return json.loads(source[0])
 
 
+@pytest.mark.untyped  # a stand-in for the application
 def test_the_opening_stands_at_the_end_of_the_titles_cell() -> None:
     notebook = _notebook(("markdown", "A badge"), ("markdown", "# Title\n\nWords."), ("code", "x = 1"))
     read = _read("chapters/01-core-transformer", notebook)
@@ -112,6 +113,7 @@ def test_the_opening_stands_at_the_end_of_the_titles_cell() -> None:
     assert _read("chapters/01-core-transformer", notebook, ".md") == notebook
 
 
+@pytest.mark.untyped  # a stand-in for the application
 def test_a_chapter_without_a_title_is_refused() -> None:
     with pytest.raises(ValueError, match=r"01-core-transformer.ipynb: no cell begins with the title"):
         _read("chapters/01-core-transformer", _notebook(("markdown", "Words.")))

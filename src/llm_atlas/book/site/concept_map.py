@@ -68,14 +68,17 @@ _ADVANCE = {
 _ROOM = 1.08
 
 
+Number = int | float  # in the units of the drawing, which are pixels at its own width
+
+
 @dataclass(frozen=True)
 class Box:
     """A rectangle in the drawing's units, with the lines of text in it."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Number
+    y: Number
+    width: Number
+    height: Number
     lines: tuple[str, ...]
 
 
@@ -86,7 +89,7 @@ class Drawing:
     nodes: dict[str, Box]
     panels: dict[int, Box]
     parts: tuple[Box, ...]
-    height: float
+    height: Number
 
 
 def needs_graph(concepts: Mapping[str, Concept]) -> nx.DiGraph:
@@ -127,12 +130,12 @@ def _chapter_address(chapter: Chapter, concepts: Mapping[str, Concept]) -> str:
 # ---- layout
 
 
-def text_width(text: str, size: float) -> float:
+def text_width(text: str, size: Number) -> Number:
     """About how wide a line of text is in a sans-serif font."""
     return sum(_ADVANCE.get(character, 556) for character in text) * size / 1000 * _ROOM
 
 
-def _wrap(text: str, width: float, size: float) -> tuple[str, ...]:
+def _wrap(text: str, width: Number, size: Number) -> tuple[str, ...]:
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -144,7 +147,7 @@ def _wrap(text: str, width: float, size: float) -> tuple[str, ...]:
 
 
 def _panel(
-    chapter: Chapter, concepts: Mapping[str, Concept], x: float, y: float
+    chapter: Chapter, concepts: Mapping[str, Concept], x: Number, y: Number
 ) -> tuple[Box, dict[str, Box]]:
     """One chapter's panel with its top at `y`, and the boxes of its concepts."""
     inner = _COLUMN - 2 * _PAD
@@ -187,7 +190,7 @@ def draw(order: Sequence[Chapter], concepts: Mapping[str, Concept]) -> Drawing:
     return Drawing({id_: nodes[id_] for id_ in concepts}, panels, tuple(parts), round(bottom) + 2)
 
 
-def _lowered(box: Box, by: float) -> Box:
+def _lowered(box: Box, by: Number) -> Box:
     return Box(box.x, round(box.y + by, 1), box.width, box.height, box.lines)
 
 
@@ -210,7 +213,7 @@ def _curve(source: Box, target: Box) -> str:
 # ---- markup
 
 
-def _text(class_: str, x: float, y: float, lines: Sequence[str], step: float) -> str:
+def _text(class_: str, x: Number, y: Number, lines: Sequence[str], step: Number) -> str:
     """Lines of text, the first on the base line `y`."""
     if len(lines) == 1:
         return f'<text class="{class_}" x="{x:g}" y="{y:g}">{html.escape(lines[0])}</text>'
@@ -222,7 +225,7 @@ def _text(class_: str, x: float, y: float, lines: Sequence[str], step: float) ->
     return f'<text class="{class_}">{spans}</text>'
 
 
-def _mark(state: str, x: float, y: float) -> str:
+def _mark(state: str, x: Number, y: Number) -> str:
     """The sign of a state: a full, a half or an empty circle."""
     circle = f'<circle class="mark" cx="{x:g}" cy="{y:g}" r="4"/>'
     if state == "partial":
