@@ -9,8 +9,8 @@ from torch import nn
 
 from llm_atlas.core.seeds import generator
 from llm_atlas.recipes import depth, load_results, write_json
+from llm_atlas.recipes.byte_models import batches, next_byte_loss
 from llm_atlas.recipes.depth import DEPTHS, LR, SEEDS, SETTINGS, gradient_norms, make_model, run, similarity
-from llm_atlas.recipes.learning_rates import next_byte_loss
 from llm_atlas.text.corpora import byte_ids, king_james
 
 
@@ -132,7 +132,9 @@ def test_the_gradients_of_the_deepest_stack_come_out_again(rows, residual):
     text = byte_ids(king_james())
     train, _ = depth.split_held_out(text)
     committed = next(row for row in pick(rows, 120, residual) if row["seed"] == 0)
-    norms = gradient_norms(make_model(120, 0, residual=residual), next(depth.batches(train, 0)))
+    norms = gradient_norms(
+        make_model(120, 0, residual=residual), next(batches(train, 0, batch=depth.BATCH, length=depth.LENGTH))
+    )
     assert len(norms) == len(committed["gradient_norms"]) == 120
     if residual:
         assert norms == pytest.approx(committed["gradient_norms"], rel=0.02)

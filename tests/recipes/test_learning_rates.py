@@ -11,6 +11,7 @@ from llm_atlas.core.seeds import generator
 from llm_atlas.nn.attention import attention_weights
 from llm_atlas.nn.norm import RMSNorm
 from llm_atlas.recipes import learning_rates, load_results, write_json
+from llm_atlas.recipes.byte_models import next_byte_loss
 from llm_atlas.recipes.learning_rates import (
     LEARNING_RATES,
     LENGTH,
@@ -18,10 +19,8 @@ from llm_atlas.recipes.learning_rates import (
     SETTINGS,
     VARIANTS,
     make_model,
-    next_byte_loss,
     probe,
     run,
-    unigram_loss,
 )
 from llm_atlas.text.corpora import byte_ids, king_james
 
@@ -107,11 +106,6 @@ def test_the_loss_of_even_guesses():
     assert next_byte_loss(model, torch.zeros(2, 9, dtype=torch.long))[0].item() == pytest.approx(
         math.log(256)
     )
-
-
-def test_unigram_loss_is_the_entropy_of_the_frequencies():
-    assert unigram_loss(byte_ids("aabc")) == pytest.approx(1.5 * math.log(2))
-    assert unigram_loss(byte_ids("aaaa")) == 0
 
 
 def test_a_run_is_recorded_and_repeats_itself(some_text):

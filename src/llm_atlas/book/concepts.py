@@ -47,6 +47,11 @@ class Concept:
     state: str = "planned"
     missing: str = ""
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the concept has a section to lead to, be it whole or in part."""
+        return self.state != "planned"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:

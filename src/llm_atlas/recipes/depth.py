@@ -10,7 +10,6 @@ He et al. 2015, sections 1 and 4.2 (arXiv 1512.03385); Dong et al. 2021, section
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +23,8 @@ from llm_atlas.core.seeds import generator
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.nn.block import Residual
 from llm_atlas.recipes import initialize, one_thread, sweep
-from llm_atlas.recipes.learning_rates import measure, next_byte_loss, unigram_loss
-from llm_atlas.text.corpora import BYTES, byte_ids, king_james, random_windows, split_held_out
+from llm_atlas.recipes.byte_models import batches, held_out_windows, measure, next_byte_loss, unigram_loss
+from llm_atlas.text.corpora import BYTES, byte_ids, king_james, split_held_out
 from llm_atlas.train.loop import fit
 
 NAME = "depth"
@@ -97,13 +96,6 @@ def similarity(model: Decoder, windows: Int[Tensor, "batch length"]) -> float:
     return float((cosines.sum((-2, -1)) - n).mean() / (n * (n - 1)))
 
 
-def batches(ids: Int[Tensor, " bytes"], seed: int) -> Iterator[Int[Tensor, "batch length"]]:
-    """Endless random windows of the text."""
-    rng = generator(seed)
-    while True:
-        yield random_windows(ids, batch=BATCH, length=LENGTH + 1, generator=rng)
-
-
 @one_thread()
 def run(
     depth: int,
@@ -119,11 +111,12 @@ def run(
     About 0.3 s a block on two cores. ids: the text as bytes; the King James Bible unless given.
     """
     train, held_out = split_held_out(byte_ids(king_james()) if ids is None else ids)
-    windows = random_windows(held_out, batch=64, length=LENGTH + 1, generator=generator(12345))
+    windows = held_out_windows(held_out, batch=64, length=LENGTH)
+    draw = partial(batches, train, batch=BATCH, length=LENGTH)
     model = make_model(depth, seed, residual=residual)
-    norms = gradient_norms(model, next(batches(train, seed)))
+    norms = gradient_norms(model, next(draw(seed)))
     alike = similarity(model, windows)
-    rows = fit(model, batches(train, seed), next_byte_loss, steps=steps, lr=lr, clip=1.0)
+    rows = fit(model, draw(seed), next_byte_loss, steps=steps, lr=lr, clip=1.0)
     losses = [row["loss"] for row in rows]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -10,7 +10,6 @@ Dehghani et al. 2023, section 2 (arXiv 2302.05442); Wortsman et al. 2023, sectio
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,6 @@ import torch
 import typer
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llm_atlas.core.seeds import generator
 from llm_atlas.models.decoder import Decoder, DecoderConfig
@@ -27,7 +25,8 @@ from llm_atlas.models.inspect import hooked, mixer
 from llm_atlas.nn.attention import attention_weights
 from llm_atlas.nn.masks import causal_mask
 from llm_atlas.recipes import initialize, one_thread, sweep
-from llm_atlas.text.corpora import BYTES, byte_ids, king_james, random_windows, split_held_out
+from llm_atlas.recipes.byte_models import batches, held_out_windows, measure, next_byte_loss, unigram_loss
+from llm_atlas.text.corpora import BYTES, byte_ids, king_james, split_held_out
 from llm_atlas.train.loop import Row, fit
 
 NAME = "learning-rates"
@@ -71,19 +70,6 @@ def make_model(variant: str, seed: int) -> Decoder:
     return model
 
 
-def next_byte_loss(model: nn.Module, windows: Int[Tensor, "batch length"]) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy of every byte given those before it, in nats."""
-    logits = model(windows[:, :-1])
-    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), {}
-
-
-def batches(ids: Int[Tensor, " bytes"], seed: int) -> Iterator[Int[Tensor, "batch length"]]:
-    """Endless random windows of the text."""
-    rng = generator(seed)
-    while True:
-        yield random_windows(ids, batch=BATCH, length=LENGTH + 1, generator=rng)
-
-
 @torch.inference_mode()
 def probe(model: Decoder, ids: Int[Tensor, "batch seq"]) -> tuple[float, float]:
     """(largest attention logit, mean attention entropy) over all layers, heads and pairs that may be seen.
@@ -109,18 +95,6 @@ def probe(model: Decoder, ids: Int[Tensor, "batch seq"]) -> tuple[float, float]:
     return float(torch.stack(largest).amax()), float(torch.stack(entropies).mean())
 
 
-@torch.inference_mode()
-def measure(model: Decoder, windows: Int[Tensor, "batch length"]) -> float:
-    """Loss on `windows`, in nats a byte."""
-    return float(next_byte_loss(model, windows)[0])
-
-
-def unigram_loss(ids: Int[Tensor, " bytes"]) -> float:
-    """Entropy of the bytes' frequencies, in nats: the best a model can do that sees no byte before."""
-    share = torch.bincount(ids, minlength=BYTES) / len(ids)
-    return float(torch.special.entr(share).sum())
-
-
 @one_thread()
 def run(
     variant: str, lr: float, seed: int, *, steps: int = STEPS, ids: Int[Tensor, " bytes"] | None = None
@@ -131,7 +105,7 @@ def run(
     diverged: the model ended worse than guessing evenly among 256 bytes (5.55 nats), or at no number at all.
     """
     train, held_out = split_held_out(byte_ids(king_james()) if ids is None else ids)
-    windows = random_windows(held_out, batch=64, length=LENGTH + 1, generator=generator(12345))
+    windows = held_out_windows(held_out, batch=64, length=LENGTH)
     model = make_model(variant, seed)
     probes = [(0, *probe(model, windows[:4, :-1]))]
 
@@ -139,7 +113,14 @@ def run(
         if (step + 1) % PROBE_EVERY == 0:
             probes.append((step + 1, *probe(model, windows[:4, :-1])))
 
-    rows = fit(model, batches(train, seed), next_byte_loss, steps=steps, lr=lr, on_step=look)
+    rows = fit(
+        model,
+        batches(train, seed, batch=BATCH, length=LENGTH),
+        next_byte_loss,
+        steps=steps,
+        lr=lr,
+        on_step=look,
+    )
     losses = [row["loss"] for row in rows]
     loss = measure(model.eval(), windows)
     probe_steps, logits, entropies = (list(column) for column in zip(*probes, strict=True))

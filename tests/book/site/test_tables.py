@@ -79,34 +79,14 @@ def test_a_heading_says_how_much_is_written() -> None:
 # ---- what the generators share
 
 
-@pytest.mark.parametrize(
-    ("page", "documented"),
-    [
-        (".. automodule:: llm_atlas.nn.masks\n   :members:\n", True),
-        (".. automodule:: llm_atlas.nn.masks\n\n.. autofunction:: causal_mask\n", True),
-        (".. autofunction:: llm_atlas.nn.masks.causal_mask\n", True),
-        # a module's own docstring alone, another module, another function
-        (".. automodule:: llm_atlas.nn.masks\n", False),
-        (".. automodule:: llm_atlas.nn.norm\n   :members:\n", False),
-        (".. automodule:: llm_atlas.nn.masks\n\n.. autofunction:: padding_mask\n", False),
-        ("llm_atlas.nn.masks.causal_mask\n", False),
-        ("% atlas: no-such-generator\n", False),
-    ],
-)
-def test_code_is_linked_only_where_a_page_documents_it(tmp_path: Path, page: str, documented: bool) -> None:
-    (tmp_path / "nn.md").write_text(f"```{{eval-rst}}\n{page}```\n")
+def test_code_is_linked_only_where_the_api_pages_document_it() -> None:
     concept = load_concepts()["causal-mask"]
-    assert links.api_documents(concept.symbol, tmp_path) is documented
-    link = links.symbol_link(concept, tmp_path)
-    assert ("{py:obj}`causal_mask <llm_atlas.nn.masks.causal_mask>`" in link) is documented
-    assert "causal_mask" in link
-    assert "`nn.masks`" in link
-
-
-def test_code_that_does_not_exist_yet_is_not_linked(tmp_path: Path) -> None:
-    (tmp_path / "nn.md").write_text(".. automodule:: llm_atlas.nn.positions\n   :members:\n")
-    alibi = dataclasses.replace(load_concepts()["alibi"], symbol="llm_atlas.nn.positions.not_written_yet")
-    assert links.symbol_link(alibi, tmp_path) == "`not_written_yet` in `nn.positions`"
+    assert (
+        links.symbol_link(concept) == "{py:obj}`causal_mask <llm_atlas.nn.masks.causal_mask>` in `nn.masks`"
+    )
+    for name in ("not_written_yet", "_hidden"):
+        other = dataclasses.replace(concept, symbol=f"llm_atlas.nn.masks.{name}")
+        assert links.symbol_link(other) == f"`{name}` in `nn.masks`"
 
 
 def test_claim_cells_reads_calls_and_nothing_else(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def _of(week: Week) -> list[Chapter]:
 def _exercises(chapter: Chapter) -> int:
     """How many exercises of a chapter are written: one a concept."""
     concepts = load_concepts()
-    return sum(concepts[id_].state != "planned" for id_ in chapter.concepts)
+    return sum(concepts[id_].is_written for id_ in chapter.concepts)
 
 
 def _title(chapter: Chapter, link: bool) -> str:

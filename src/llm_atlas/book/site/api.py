@@ -21,7 +21,7 @@ from sphinx.util.nodes import make_refnode
 from llm_atlas.book.concepts import Concept, load_concepts
 from llm_atlas.book.site.docstrings import escape, markdown_to_rst
 
-__all__ = ["PAGES", "Module", "Page", "concepts_of", "markdown", "modules", "setup"]
+__all__ = ["PAGES", "Module", "Page", "concepts_of", "markdown", "modules", "setup", "symbols"]
 
 PACKAGE = "llm_atlas"
 _ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def _read(name: str, path: Path, is_package: bool) -> Module:
 
 
 @functools.cache
-def _symbols() -> frozenset[str]:
+def symbols() -> frozenset[str]:
     """Dotted names of everything on the API pages."""
     return frozenset(
         f"{module.name}.{name}"
@@ -177,21 +177,22 @@ def _section(module: Module) -> str:
     return f"## {title}\n\nFile `src/{file}`.\n\n```{{eval-rst}}\n{body}```"
 
 
+def _app() -> Any:
+    """The command line: documented like any module, and not depended on."""
+    return importlib.import_module(f"{PACKAGE}.cli").app
+
+
 def _commands() -> list[str]:
     import typer.main
 
-    app = importlib.import_module(f"{PACKAGE}.cli").app  # documented like any module, and not depended on
-
-    return list(getattr(typer.main.get_command(app), "commands", {}))
+    return list(getattr(typer.main.get_command(_app()), "commands", {}))
 
 
 def _help(command: list[str]) -> str:
     from typer.testing import CliRunner
 
-    app = importlib.import_module(f"{PACKAGE}.cli").app  # documented like any module, and not depended on
-
     shown = CliRunner().invoke(
-        app, [*command[1:], "--help"], prog_name=command[0], env={"COLUMNS": "80"}, terminal_width=80
+        _app(), [*command[1:], "--help"], prog_name=command[0], env={"COLUMNS": "80"}, terminal_width=80
     )
     title = " ".join(command)
     text = shown.output.strip()
@@ -227,7 +228,7 @@ cli = functools.partial(markdown, "cli")
 def _resolver(name: str, module: Module, own: frozenset[str]) -> Any:
     """What a code span in the docstring of `name` links to: what Python would find there, by the same name."""
     imported = importlib.import_module(module.name)
-    symbols = _symbols()
+    known = symbols()
     inside = name.removeprefix(f"{module.name}.").split(".")[0] if name != module.name else ""
 
     def find(text: str) -> str | None:
@@ -243,7 +244,7 @@ def _resolver(name: str, module: Module, own: frozenset[str]) -> Any:
         for candidate in candidates:
             if candidate == name:
                 return None
-            if candidate in symbols:
+            if candidate in known:
                 return candidate
         return None
 
@@ -253,7 +254,7 @@ def _resolver(name: str, module: Module, own: frozenset[str]) -> Any:
 def _unique(text: str) -> str | None:
     found = [
         symbol
-        for symbol in _symbols()
+        for symbol in symbols()
         if symbol.endswith(f".{text}") and symbol.removesuffix(f".{text}") in modules()
     ]
     return found[0] if len(found) == 1 else None
@@ -283,11 +284,8 @@ def _process_docstring(
     if module is None:
         return
     own = frozenset() if what == "module" else _arguments(thing)
-    fields = own
-    if what == "module":
-        own = frozenset()
     try:
-        lines[:] = markdown_to_rst("\n".join(lines), names=fields, link=_resolver(name, module, own))
+        lines[:] = markdown_to_rst("\n".join(lines), names=own, link=_resolver(name, module, own))
     except ValueError as error:
         raise ValueError(f"docstring of {name}: {error}") from None
     found = concepts_of(name)
@@ -335,7 +333,7 @@ def _link_sections(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Under the heading of each written concept: its symbol, its row in the tables, its sources."""
     labels = app.env.domains["std"].data["anonlabels"]
     for concept in load_concepts().values():
-        if page != f"chapters/{concept.chapter}" or concept.state == "planned":
+        if page != f"chapters/{concept.chapter}" or not concept.is_written:
             continue
         place = labels.get(concept.id)
         section = next(

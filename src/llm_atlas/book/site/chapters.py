@@ -23,7 +23,6 @@ from llm_atlas.book.site.links import (
     escape,
     exercise_labels,
     exercise_link,
-    is_written,
     plural,
     ref,
 )
@@ -85,7 +84,7 @@ def _duration(minutes: int) -> str:
 
 
 def _row(concept: Concept) -> str:
-    first = [ref(concept.name, concept.id) if is_written(concept) else f"{escape(concept.name)} (planned)"]
+    first = [ref(concept.name, concept.id) if concept.is_written else f"{escape(concept.name)} (planned)"]
     if exercise := exercise_link(concept):
         first += ["", "{.atlas-links}", exercise]
     cells = (first, ["{.atlas-formula}", code(concept.example)], [escape(concept.facts[0])])

@@ -7,13 +7,13 @@ stand below as a list, for phones. assets/site/map.js lights, filters and finds 
 """
 
 import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 
 from llm_atlas.book.concepts import Chapter, Concept, chapters, load_concepts
+from llm_atlas.book.site.links import json_script
 
 __all__ = [
     "PARTS",
@@ -117,12 +117,12 @@ def reading_path(target: str, concepts: Mapping[str, Concept], known: Iterable[s
 
 def address(concept: Concept) -> str:
     """Where a concept is read, seen from the front page: its section, or its row while it is planned."""
-    page = "tables" if concept.state == "planned" else concept.chapter
+    page = concept.chapter if concept.is_written else "tables"
     return f"{page}.html#{concept.id}"
 
 
 def _chapter_address(chapter: Chapter, concepts: Mapping[str, Concept]) -> str:
-    if any(concepts[id_].state != "planned" for id_ in chapter.concepts):
+    if any(concepts[id_].is_written for id_ in chapter.concepts):
         return f"{chapter.slug}.html"
     return f"tables.html#table-{chapter.number}"
 
@@ -234,7 +234,7 @@ def _mark(state: str, x: Number, y: Number) -> str:
 
 
 def _node(concept: Concept, box: Box) -> str:
-    where = "table" if concept.state == "planned" else "chapter"
+    where = "chapter" if concept.is_written else "table"
     label = f"{concept.name}, {_STATES[concept.state]}, {where} {concept.number}"
     x, y = box.x + 11, box.y + _NODE_PAD + _LINE / 2
     return (
@@ -314,7 +314,7 @@ def _list(order: Sequence[Chapter], concepts: Mapping[str, Concept]) -> str:
             f" <span>{_STATES[c.state]}</span></li>"
             for c in own
         )
-        written = sum(c.state != "planned" for c in own)
+        written = sum(c.is_written for c in own)
         count = f"{len(own)} concepts, {f'{written} written' if written else 'planned'}"
         link = _chapter_address(chapter, concepts)
         whole = "Its table" if "#" in link else "The whole chapter"
@@ -345,9 +345,7 @@ def _data(order: Sequence[Chapter], concepts: Mapping[str, Concept]) -> str:
             for c in concepts.values()
         ],
     }
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    # </script> and <!-- inside a string would end the element
-    return f'<script type="application/json">{text.replace("<", chr(92) + "u003c")}</script>'
+    return json_script(data)
 
 
 _CONTROLS = """\

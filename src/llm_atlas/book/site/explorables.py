@@ -16,6 +16,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 from llm_atlas.book.explore import MIME
+from llm_atlas.book.site.links import json_script
 
 __all__ = ["ExploreRenderer", "PlaceStill", "figure_html", "setup"]
 
@@ -24,12 +25,10 @@ _CLASS = "atlas-explore"
 
 def figure_html(spec: dict[str, Any]) -> tuple[str, str]:
     """The markup before and after the still that readers without JavaScript get."""
-    # </script> and <!-- inside a string would end the element
-    data = json.dumps(spec, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     opening = (
         f'<figure class="{_CLASS}">\n'
         f'<p class="{_CLASS}-title">{html.escape(spec["title"])}</p>\n'
-        f'<script type="application/json">{data}</script>\n'
+        f"{json_script(spec)}\n"
         f'<div class="{_CLASS}-body" style="{_room(spec)}"></div>\n<noscript>\n'
     )
     return opening, f"</noscript>\n<figcaption>{html.escape(spec['caption'])}</figcaption>\n</figure>\n"

@@ -44,7 +44,6 @@ _MATHJAX = re.compile(
 _CODE = re.compile(r'<div class="highlight"><pre>.*?</pre>', re.DOTALL)
 _TOKEN = re.compile(r'<span class="(\w+)">([^<]*)</span>')
 _TOKEN_RULE = re.compile(r"^(.*)\.highlight( \.\w+)? +\{ (?:background: [^;]*; )?(.*?);? *\}", re.MULTILINE)
-_SIGNATURE = re.compile(r'<(dl)>(?=\s*<dd><em class="sig-param)|<(dd)>(?=<em class="sig-param)')
 _SIDEBAR = re.compile(r'<div class="(bd-sidebar-primary[^"]*)">')
 # Font file, family, weight.
 _FONTS = (
@@ -70,10 +69,6 @@ def finish_page(text: str, page: Path, coloured: set[str] | None = None) -> str:
 
         text = _CODE.sub(lambda block: _TOKEN.sub(token, block[0]), text)
     text = _SIDEBAR.sub(r'<div class="\1" role="navigation" aria-label="The book">', text)
-    # a signature of many lines is written as a list of definitions without a term
-    text = _SIGNATURE.sub(lambda tag: f'<{tag[1] or tag[2]} role="presentation">', text)
-    # its entries are no list items
-    text = text.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
     return _IMAGE.sub(lambda found: _with_size(found[0], page.parent), text)
 
 

@@ -9,8 +9,8 @@ __all__ = ["numbers", "ways"]
 def numbers() -> str:
     """The numbers of the book as they stand, as html."""
     concepts, claims = load_concepts().values(), load_claims().values()
-    written = [concept for concept in concepts if concept.state != "planned"]
-    whole = {concept.number for concept in written} - {c.number for c in concepts if c.state == "planned"}
+    written = [concept for concept in concepts if concept.is_written]
+    whole = {concept.number for concept in written} - {c.number for c in concepts if not c.is_written}
     measured = sum(row.state == "measured" for row in claims)
     rows = [
         (len(chapters()), "chapters", f"{len(whole)} written"),
@@ -23,7 +23,7 @@ def numbers() -> str:
 
 def ways() -> str:
     """Links to the entrances of the book, the first of them to the first written chapter, as html."""
-    first = next(concept for concept in load_concepts().values() if concept.state != "planned")
+    first = next(concept for concept in load_concepts().values() if concept.is_written)
     links = [
         (f"{first.chapter}.html", f"Start with chapter {first.number}"),
         ("tables.html", "The 22 tables"),

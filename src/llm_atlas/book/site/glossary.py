@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_atlas.book.concepts import Concept, build, load_concepts, read_yaml
-from llm_atlas.book.site.links import escape, is_written, ref
+from llm_atlas.book.site.links import escape, ref
 from llm_atlas.core.assets import bundled
 
 __all__ = ["Term", "glossary_markdown", "load_terms", "markdown"]
@@ -75,7 +75,7 @@ def _entry(name: str, text: str) -> str:
 def _concept_entries(concept: Concept) -> dict[str, str]:
     name, *aliases = _names(concept)
     links = [ref(f"table\N{NO-BREAK SPACE}{concept.number}", f"table-{concept.id}")]
-    if is_written(concept):
+    if concept.is_written:
         links.insert(0, ref("section", concept.id))
     also = f" Also: {escape(', '.join(aliases))}." if aliases else ""
     entries = {name: f"{escape(concept.facts[0])}{also} {' · '.join(links)}"}

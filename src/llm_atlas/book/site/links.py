@@ -3,7 +3,6 @@ section, exercise, sources and code.
 """
 
 import ast
-import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_atlas.book.concepts import Concept
+from llm_atlas.book.site.api import symbols
 from llm_atlas.core.assets import bundled
 
 __all__ = [
-    "api_documents",
     "cell_text",
     "chapters_folder",
     "claim_cells",
@@ -23,7 +22,7 @@ __all__ = [
     "escape",
     "exercise_labels",
     "exercise_link",
-    "is_written",
+    "json_script",
     "plural",
     "read_notebook",
     "ref",
@@ -32,10 +31,6 @@ __all__ = [
 ]
 
 _LABEL = re.compile(r"^:label: (ex-\S+)[ \t]*$", re.MULTILINE)
-_MARKER = re.compile(r"^% atlas: (\S+)[ \t]*$", re.MULTILINE)
-_AUTODOC = re.compile(
-    r"^\.\. auto(module|class|function|data|exception)::[ \t]*(\S+)((?:\n[ \t]+:.*)*)", re.MULTILINE
-)
 
 
 def chapters_folder() -> Path:
@@ -54,6 +49,13 @@ def code(text: str) -> str:
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def json_script(data: Any) -> str:
+    """Data for a page's script, as an element of the page."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    # </script> and <!-- inside a string would end the element
+    return f'<script type="application/json">{text.replace("<", chr(92) + "u003c")}</script>'
 
 
 def plural(count: int, noun: str) -> str:
@@ -113,11 +115,6 @@ def ref(text: str, target: str) -> str:
     return f"{{ref}}`{text} <{target}>`"
 
 
-def is_written(concept: Concept) -> bool:
-    """Whether the concept has a section to lead to."""
-    return concept.state != "planned"
-
-
 def exercise_link(concept: Concept) -> str:
     """A link to the concept's exercise, or nothing while its chapter has none."""
     label = f"ex-{concept.id}"
@@ -129,40 +126,8 @@ def source_links(concept: Concept) -> str:
     return f"{{cite:p}}`{','.join(concept.sources)}`"
 
 
-@lru_cache(maxsize=8)
-def _documented(folder: Path) -> frozenset[str]:
-    """The dotted names that autodoc's directives on the pages of `folder` name, and `MODULE.*` for all of one."""
-    # the package imports the generators, which import this module
-    from llm_atlas.book.site import GENERATORS, generate
-
-    found = set()
-    for page in sorted(folder.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        text = _MARKER.sub(lambda marker: generate(marker[1]) if marker[1] in GENERATORS else "", text)
-        module = ""
-        for kind, name, options in _AUTODOC.findall(text):
-            if kind == "module":
-                module = name
-                if ":members:" in options:
-                    found.add(f"{name}.*")
-            else:
-                found |= {name, f"{module}.{name}"}
-    return frozenset(found)
-
-
-def api_documents(symbol: str, folder: Path | None = None) -> bool:
-    """Whether a page of `folder`, chapters/api unless given, documents this dotted name: by itself, or as a
-    member of its module that exists."""
-    names = _documented(folder or chapters_folder() / "api")
-    module, _, name = symbol.rpartition(".")
-    if symbol in names:
-        return True
-    return f"{module}.*" in names and hasattr(importlib.import_module(module), name)
-
-
-def symbol_link(concept: Concept, folder: Path | None = None) -> str:
-    """The concept's code and its module, linked where the API pages show it; `folder` as `api_documents`."""
+def symbol_link(concept: Concept) -> str:
+    """The concept's code and its module, linked where the API pages show it."""
     module, _, name = concept.symbol.rpartition(".")
-    linked = api_documents(concept.symbol, folder)
-    shown = f"{{py:obj}}`{name} <{concept.symbol}>`" if linked else code(name)
+    shown = f"{{py:obj}}`{name} <{concept.symbol}>`" if concept.symbol in symbols() else code(name)
     return f"{shown} in {code(module.removeprefix('llm_atlas.'))}"

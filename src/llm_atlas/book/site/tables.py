@@ -11,7 +11,6 @@ from llm_atlas.book.site.links import (
     code,
     escape,
     exercise_link,
-    is_written,
     read_notebook,
     ref,
     source_links,
@@ -23,7 +22,7 @@ __all__ = ["concept_row", "indent", "markdown", "tables_markdown", "written_line
 
 def concept_row(concept: Concept) -> str:
     """One row of a list-table in MyST: name and state, formula and code, facts and links."""
-    written = is_written(concept)
+    written = concept.is_written
     lines = [f"(table-{concept.id})="]
     if not written:
         lines.append(f"({concept.id})=")

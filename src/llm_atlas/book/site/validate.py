@@ -100,7 +100,7 @@ def _lacks_test(test: str, root: Path) -> bool:
 def _concept_problems(
     concept: Concept, where: str, root: Path, targets: dict[str, set[str]]
 ) -> Iterator[str]:
-    if concept.state == "planned":
+    if not concept.is_written:
         return
     said = f"{where}: {concept.id!r} is {concept.state}, but"
     if concept.chapter not in targets:
