@@ -72,8 +72,9 @@ help:  ## this list
 	$(PIP) -r requirements-course.txt
 	@touch $@
 
-.venv/.stamp-test: .venv/.stamp-book requirements-test.txt requirements-course.txt
+.venv/.stamp-test: .venv/.stamp-book requirements-test.txt requirements-course.txt requirements-triton.txt
 	$(PIP) -r requirements-test.txt
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) -r requirements-triton.txt
 	@touch $@
 
 # The package itself, in place: again when its entry points may have changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Set before torch is imported. Two workers with a thread for each core are slower than with one each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if shutil.which("nvidia-smi") is None:
+    # Set before a kernel is imported: without a GPU Triton's interpreter runs it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell without job control lets what it starts in the background ignore Ctrl-C, and children inherit that.

@@ -56,7 +56,7 @@ def test_limit_must_be_positive():
         limit.run(["true"], 0)
 
 
-PINNED = ("requirements.txt", "requirements-course.txt", "requirements-test.txt")
+PINNED = ("requirements.txt", "requirements-course.txt", "requirements-test.txt", "requirements-triton.txt")
 
 
 def pins(name: str) -> list[str]:
@@ -80,7 +80,7 @@ def test_pins_satisfy_what_the_package_asks_for():
     pinned = {}
     for name in PINNED:
         for pin in pins(name):
-            package, version = pin.split("==")
+            package, version = pin.partition(";")[0].strip().split("==")
             pinned[canonicalize_name(package)] = version
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
