@@ -24,7 +24,8 @@ def relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     The gradient at 0 is taken to be 0, as in torch. Nair and Hinton 2010, section 2 (ICML); in the
     transformer Vaswani et al. 2017, section 3.3 (arXiv 1706.03762).
     """
-    return x.masked_fill(x <= 0, 0)  # NaN is not <= 0 and stays NaN
+    # What is not above 0 becomes 0. x.clamp(min=0) has these values too, but the gradient 1 at 0.
+    return functional.threshold(x, 0, 0)
 
 
 def relu_derivative(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
