@@ -95,15 +95,15 @@ def test_a_kind_that_is_none():
 
 
 def test_a_run_is_recorded_and_repeats_itself(some_text):
-    first = run("relu", 4e-3, 0, steps=100, stop=40, ids=some_text)
-    assert first == run("relu", 4e-3, 0, steps=100, stop=40, ids=some_text)
-    assert first["loss_curve"] != run("relu", 4e-3, 1, steps=100, stop=40, ids=some_text)["loss_curve"]
+    first = run("relu", 4e-3, 0, steps=100, stop=30, ids=some_text)
+    assert first == run("relu", 4e-3, 0, steps=100, stop=30, ids=some_text)
+    assert first["loss_curve"] != run("relu", 4e-3, 1, steps=100, stop=30, ids=some_text)["loss_curve"]
     assert len(first["loss_curve"]) == 2
     assert first["loss_curve"][1] < first["loss_curve"][0]
     assert len(first["dead"]) == len(first["active_share"]) == len(first["quantiles"]) == LAYERS
     assert first["dead_curve"] == [pytest.approx(0, abs=0.05)]
     assert first["bits_per_byte"] == pytest.approx(first["held_out_loss"] / math.log(2))
-    gated = run("swiglu", 4e-3, 0, steps=100, stop=20, ids=some_text)
+    gated = run("swiglu", 4e-3, 0, steps=100, stop=2, ids=some_text)
     assert gated["dead"] is None
     assert gated["dead_curve"] == []
     assert gated.keys() == first.keys()
@@ -111,10 +111,10 @@ def test_a_run_is_recorded_and_repeats_itself(some_text):
 
 def test_stopped_early_is_the_beginning_of_the_whole(some_text):
     seen = []
-    _, whole = train("gelu", 4e-3, 0, steps=90, ids=some_text, look=lambda step, model: seen.append(step))
-    _, beginning = train("gelu", 4e-3, 0, steps=90, stop=60, ids=some_text)
-    assert whole[:60] == beginning
-    assert seen == list(range(90))
+    _, whole = train("gelu", 4e-3, 0, steps=50, ids=some_text, look=lambda step, model: seen.append(step))
+    _, beginning = train("gelu", 4e-3, 0, steps=50, stop=30, ids=some_text)
+    assert whole[:30] == beginning
+    assert seen == list(range(50))
 
 
 def test_every_point_is_there(rows):
@@ -125,7 +125,7 @@ def test_every_point_is_there(rows):
     expected |= {(kind, BEST[kind], seed) for kind in EQUAL for seed in range(5)}
     expected |= {(kind, BEST[kind], seed) for kind in WIDE for seed in range(3)}
     expected |= {("relu", lr, seed) for lr in HIGH_RATES for seed in range(3)}
-    expected |= {("gelu", lr, first) for lr in HIGH_RATES}
+    expected |= {("gelu", HIGH_RATES[1], first)}
     assert found == expected
     assert len(rows) == len(found) == len(points())
     settings = load_results("activations")["settings"]
@@ -143,6 +143,41 @@ def test_every_kind_is_compared_at_its_best_rate(rows):
         assert pick(rows, kind, low)[0]["held_out_loss"] > pick(rows, kind)[0]["held_out_loss"] + 0.02
 
 
+def test_what_the_committed_rows_say(rows):
+    """The findings that the chapter tells, so that it cannot tell others."""
+
+    def below(a, b, seeds):
+        """How much lower the loss of `a` is, seed by seed."""
+        first, second = pick(rows, a), pick(rows, b)
+        return [second[seed]["held_out_loss"] - first[seed]["held_out_loss"] for seed in seeds]
+
+    for a, b in (("gelu", "relu"), ("reglu", "relu"), ("geglu", "gelu"), ("swiglu", "gelu")):
+        # Nearly every pair of runs says so; the mean is well away from 0.
+        assert mean(below(a, b, range(5))) > 0.01
+    assert min(below("swiglu", "gelu", range(5))) > 0
+    assert min(below("geglu", "gelu", range(5))) > 0
+    # More parameters for the same width: lower again.
+    for kind in ("geglu", "swiglu"):
+        assert min(below(f"{kind}, wide", kind, range(3))) > 0.01
+    # The two gates cannot be told apart by more than this.
+    assert abs(mean(below("swiglu", "geglu", range(5)))) < 0.01
+
+
+def test_units_die_at_high_rates_alone(rows):
+    for lr in LEARNING_RATES:
+        assert all(row["dead"] == [0, 0] for row in pick(rows, "relu", lr).values())
+    dead = [mean(mean(row["dead"]) for row in pick(rows, "relu", lr).values()) for lr in HIGH_RATES]
+    assert dead == sorted(dead)
+    assert dead[0] < 0.05 < dead[1] < dead[2]
+    # They are not what makes a high rate bad: GELU, without any, does as badly there.
+    relu, gelu = (pick(rows, kind, HIGH_RATES[1])[0]["held_out_loss"] for kind in ("relu", "gelu"))
+    assert relu > 2.5
+    assert gelu > 2.5
+    for row in rows:
+        if row["dead"] is not None and row["lr"] in LEARNING_RATES:
+            assert all(0.1 < share < 0.5 for share in row["active_share"])
+
+
 def test_sizes_of_the_rows(rows):
     for row in rows:
         assert row["parameters"] == sum(p.numel() for p in make_model(row["kind"], 0).parameters())
@@ -152,14 +187,12 @@ def test_sizes_of_the_rows(rows):
 
 
 def test_one_point_begins_again(rows):
-    """The first 120 of 800 steps. Other CPUs sum in another order: 0.02 nats is the allowance, and the rate next to
-    this one is more than that away.
-    """
+    """The first 100 of 800 steps. Other CPUs sum in another order: 0.02 nats is the allowance; GELU is further off."""
     committed = pick(rows, "swiglu")[0]
-    again = run("swiglu", BEST["swiglu"], 0, stop=120, ids=byte_ids(king_james()))
-    assert again["loss_curve"] == pytest.approx(committed["loss_curve"][:6], abs=0.02)
+    again = run("swiglu", BEST["swiglu"], 0, stop=100, ids=byte_ids(king_james()))
+    assert again["loss_curve"] == pytest.approx(committed["loss_curve"][:5], abs=0.02)
     assert again["loss_curve"][0] == pytest.approx(committed["loss_curve"][0], abs=1e-3)
-    gelu = pick(rows, "gelu")[0]["loss_curve"][:6]
+    gelu = pick(rows, "gelu")[0]["loss_curve"][:5]
     assert max(abs(a - b) for a, b in zip(gelu, again["loss_curve"], strict=True)) > 0.02
 
 
