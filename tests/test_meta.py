@@ -84,6 +84,17 @@ def every_decoder() -> None:
         made(at(2, 5)).sum().backward()
 
 
+def gates() -> None:
+    activations.relu_derivative(x(3))
+    activations.silu_derivative(x(3))
+    activations.swiglu(x(3), x(3))
+    activations.swiglu_backward(x(3), x(3), x(3))
+    for form in ("none", "tanh"):
+        activations.gelu_derivative(x(3), approximate=form)
+        activations.geglu(x(3), x(3), approximate=form)
+        activations.geglu_backward(x(3), x(3), x(3), approximate=form)
+
+
 def attentions() -> None:
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool, device="meta")
     for attend in (attention.scaled_dot_product_attention, attention.fused_attention):
@@ -141,6 +152,12 @@ def watched() -> None:
     for score in (look.first_token_score, look.previous_token_score, look.self_score):
         score(x(2, 5, 5))
     look.parameter_ledger(made)
+    for config in CONFIGS[:2]:  # gated and not
+        made = model(config)
+        look.feed_forward(made, 1)
+        look.pre_activations(made, at(2, 5), rows=1)
+        found = look.unit_statistics(made, at(2, 5), threshold=0.1)
+        assert found.dead.shape == found.active_share.shape == (2,)
 
 
 def schemes() -> None:
@@ -171,6 +188,13 @@ RUNS: dict[object, Callable[[], object]] = {
     activations.relu: lambda: activations.relu(x(3)),
     activations.gelu: lambda: (activations.gelu(x(3)), activations.gelu(x(3), approximate="tanh")),
     activations.silu: lambda: activations.silu(x(3)),
+    activations.relu_derivative: gates,
+    activations.gelu_derivative: gates,
+    activations.silu_derivative: gates,
+    activations.swiglu: gates,
+    activations.swiglu_backward: gates,
+    activations.geglu: gates,
+    activations.geglu_backward: gates,
     activations.find_activation: lambda: [
         activations.find_activation(n)(x(3)) for n in activations.ACTIVATIONS
     ],
@@ -203,6 +227,10 @@ RUNS: dict[object, Callable[[], object]] = {
     look.previous_token_score: watched,
     look.self_score: watched,
     look.parameter_ledger: watched,
+    look.feed_forward: watched,
+    look.pre_activations: watched,
+    look.unit_statistics: watched,
+    look.UnitStatistics: watched,
     masks.causal_mask: lambda: masks.causal_mask(3, 5, device="meta"),
     masks.visible: lambda: masks.visible(at(2, 3), at(2, 5), window=2),
     masks.padding_mask: lambda: masks.padding_mask(at(2, 5)),
@@ -224,7 +252,7 @@ RUNS: dict[object, Callable[[], object]] = {
 
 NO_TENSORS = {
     "attention.AttendFunction", "decoder.DecoderConfig", "families.from_llama_config", "families.from_gguf_metadata",
-    "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops",
+    "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops", "feedforward.gated_hidden",
 }  # fmt: skip
 READS_NUMBERS = {
     "generate.stream": "tokens are handed out as ints",

@@ -9,16 +9,20 @@ from llm_atlas.models.inspect import (
     ablate,
     ablate_heads,
     attention_maps,
+    feed_forward,
     first_token_score,
     hooked,
     logit_lens,
     mixer,
     parameter_ledger,
+    pre_activations,
     previous_token_score,
     residual_stream,
     self_score,
+    unit_statistics,
 )
 from llm_atlas.nn.attention import merge_heads, split_heads
+from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
 
 IDS = torch.randint(0, 13, (2, 7), generator=torch.Generator().manual_seed(1))
 
@@ -172,3 +176,112 @@ def test_the_ledger_adds_up_to_the_whole(positions, tied, placement):
         "norms": 3 * (norms * 16 + 2 * 4) + 16,
         "head": 0 if tied else 13 * 16,
     }
+
+
+# ------------------------------------------------------------------------------ feed-forward units
+
+
+def made(gated, activation):
+    config = DecoderConfig(
+        vocab=13, dim=16, layers=3, heads=4, hidden=24, context=32, gated=gated, activation=activation
+    )
+    model, rng = Decoder(config), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = torch.randn(parameter.shape, generator=rng) * parameter.shape[1] ** -0.5
+    return model.eval().requires_grad_(False)
+
+
+KINDS = [(False, "relu"), (True, "relu"), (False, "gelu"), (True, "silu")]
+
+
+@pytest.mark.parametrize(("gated", "activation"), KINDS)
+@pytest.mark.parametrize("rows", [None, 1, 2, 5])
+def test_pre_activations_are_what_the_layers_compute_with(gated, activation, rows):
+    model = made(gated, activation)
+    ids = torch.cat([IDS, IDS.flip(1), IDS[:1]])
+    pre = pre_activations(model, ids, rows=rows)
+    assert pre.shape == (3, 5, 7, 24)
+    stream = residual_stream(model, ids)
+    for layer, z in enumerate(pre):
+        block, module = model.blocks[layer], feed_forward(model, layer)
+        assert isinstance(module, GatedFeedForward if gated else FeedForward)
+        mixed = block.mixer(stream[layer], positions=torch.arange(7)[None])
+        x = block.feedforward.norm(mixed)
+        assert_close(z, (module.gate if gated else module.up)(x))
+        hidden = module.activation(z) * (module.up(x) if gated else 1)
+        assert_close(mixed + module.down(hidden), stream[layer + 1])
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(("gated", "activation"), KINDS)
+def test_unit_statistics_are_what_loops_by_hand_count(gated, activation):
+    model = made(gated, activation)
+    threshold = 0.0 if activation == "relu" else 0.05
+    found = unit_statistics(model, IDS, threshold=threshold, levels=(0.0, 0.5, 1.0), rows=1)
+    pre = pre_activations(model, IDS)
+    assert found.tokens == 14
+    for layer in range(3):
+        z = pre[layer].flatten(0, 1)
+        out = feed_forward(model, layer).activation(z)
+        active = [sum(abs(float(v)) > threshold for v in out[:, unit]) / 14 for unit in range(24)]
+        assert found.active[layer].tolist() == pytest.approx(active)
+        assert float(found.dead[layer]) == pytest.approx(sum(a == 0 for a in active) / 24)
+        assert float(found.active_share[layer]) == pytest.approx(sum(active) / 24)
+        assert float(found.mean[layer]) == pytest.approx(float(z.mean()), abs=1e-6)
+        assert float(found.negative[layer]) == pytest.approx(
+            sum(float(v) < 0 for v in z.flatten()) / (14 * 24)
+        )
+        ordered = sorted(out.flatten().tolist())
+        expected = [ordered[0], ordered[round(0.5 * (14 * 24 - 1))], ordered[-1]]
+        assert found.quantiles[layer].tolist() == pytest.approx(expected)
+    if activation == "relu":
+        assert 0.2 < float(found.active_share.mean()) < 0.8
+        assert_close(found.active_share, 1 - found.negative)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_unit_that_is_switched_off_is_found_dead(gated):
+    model = made(gated, "relu")
+    before = unit_statistics(model, IDS)
+    module = feed_forward(model, 1)
+    matrix = module.gate if gated else module.up
+    alive = int(before.active[1].argmax())
+    matrix.weight.data[alive] = 0
+    after = unit_statistics(model, IDS)
+    assert before.active[1, alive] > 0
+    assert after.active[1, alive] == 0
+    assert float(after.dead[1] - before.dead[1]) == pytest.approx(1 / 24)
+    assert_close(after.dead[0], before.dead[0])
+    # and it is what the gradient says: a dead unit's weights get none
+    model.requires_grad_(True)
+    model(IDS).logsumexp(-1).sum().backward()
+    silent = after.active[1] == 0
+    assert (matrix.weight.grad[silent] == 0).all()
+    assert (matrix.weight.grad[~silent] != 0).any(-1).all()
+
+
+def test_gates_that_are_hardly_ever_zero_need_a_threshold():
+    model = made(True, "silu")
+    assert unit_statistics(model, IDS).active_share.tolist() == [1, 1, 1]
+    small = unit_statistics(model, IDS, threshold=0.1).active_share
+    assert (small < unit_statistics(model, IDS, threshold=0.01).active_share).all()
+    assert (unit_statistics(model, IDS).quantiles[:, 0] >= -0.2785).all()
+
+
+def test_mistakes_about_units():
+    model = made(True, "silu")
+    with pytest.raises(ValueError, match="layer 3 is not one of the model's 3"):
+        feed_forward(model, 3)
+    with pytest.raises(ValueError, match="rows 0 must be at least 1"):
+        unit_statistics(model, IDS, rows=0)
+    with pytest.raises(ValueError, match="threshold -1 must be at least 0"):
+        unit_statistics(model, IDS, threshold=-1)
+    with pytest.raises(ValueError, match=r"levels \(2.0,\) must be numbers between 0 and 1, at least one"):
+        unit_statistics(model, IDS, levels=(2.0,))
+    with pytest.raises(ValueError, match=r"levels \(\) must be"):
+        unit_statistics(model, IDS, levels=())
+    with pytest.raises(ValueError, match="context"):
+        unit_statistics(model, IDS.repeat(1, 6))
+    assert hooks(model) == 0

@@ -14,6 +14,7 @@ from llm_atlas.nn.feedforward import (
     GatedFeedForward,
     feed_forward_flops,
     feed_forward_parameters,
+    gated_hidden,
 )
 
 
@@ -53,6 +54,22 @@ def test_gated_feed_forward_is_its_equation(bias):
 def test_sizes_unless_given():
     assert FeedForward(6).up.out_features == 24
     assert GatedFeedForward(6).up.out_features == 16
+
+
+def test_gated_width_of_equal_parameters():
+    assert gated_hidden(4096, multiple_of=256) == 11008  # Llama 7B
+    assert gated_hidden(8192, multiple_of=256) == 22016  # Llama 65B
+    assert gated_hidden(576, multiple_of=256) == 1536  # SmolLM2-135M
+    assert feed_forward_parameters(72, gated_hidden(72), gated=True) == feed_forward_parameters(72, 4 * 72)
+    with pytest.raises(ValueError, match="dim 8 and multiple_of 0 must be at least 1"):
+        gated_hidden(8, multiple_of=0)
+
+
+@given(st.integers(1, 500), st.integers(1, 64))
+def test_gated_width_is_the_next_multiple(dim, multiple_of):
+    width = gated_hidden(dim, multiple_of=multiple_of)
+    assert width % multiple_of == 0
+    assert 0 <= width - 8 * dim // 3 < multiple_of
 
 
 @given(st.permutations(range(6)), st.booleans())

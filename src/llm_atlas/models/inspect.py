@@ -1,10 +1,11 @@
-"""Look inside a running model: attention maps, the residual stream, and what happens when a part is taken out.
+"""Look inside a running model: attention maps, the residual stream, feed-forward units, and parts taken out.
 
 Everything here is done with hooks from outside; no forward pass knows that it is watched.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from llm_atlas.models.decoder import Decoder
 from llm_atlas.nn.attention import MultiHeadAttention, attention_weights
+from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
 
 Hook = Callable[..., object]
 
@@ -28,9 +30,14 @@ def hooked(hooks: Collection[tuple[nn.Module, Hook]], *, before: bool = False) -
 
 def mixer(model: Decoder, layer: int) -> MultiHeadAttention:
     """The attention module of a layer."""
-    if not 0 <= layer < len(model.blocks):
-        raise ValueError(f"layer {layer} is not one of the model's {len(model.blocks)}")
+    _check_layer(model, layer)
     return model.blocks[layer].mixer.sublayer
+
+
+def feed_forward(model: Decoder, layer: int) -> FeedForward | GatedFeedForward:
+    """The feed-forward module of a layer."""
+    _check_layer(model, layer)
+    return model.blocks[layer].feedforward.sublayer
 
 
 @torch.inference_mode()
@@ -116,6 +123,109 @@ def ablate(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode()
+def pre_activations(
+    model: Decoder, ids: Int[Tensor, "batch seq"], *, rows: int | None = None
+) -> Float[Tensor, "layers batch seq hidden"]:
+    """What goes into the activation function of every feed-forward layer: `up` of x, in a gated layer `gate` of x.
+
+    On the model's device and in its dtype. `rows` texts at a time go through the model, all at once unless given.
+    Memory layers x tokens x hidden. Errors: ValueError for `rows` below 1.
+    """
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows {rows} must be at least 1")
+    layers = [feed_forward(model, layer) for layer in range(len(model.blocks))]
+    parts: list[Tensor] = []
+    for some in ids.split(len(ids) if rows is None else rows):
+        seen: list[Tensor] = []
+
+        def record(
+            module: nn.Module, args: tuple, kwargs: dict, out: Tensor, seen: list[Tensor] = seen
+        ) -> None:
+            seen.append(out)
+
+        with hooked(
+            [(layer.gate if isinstance(layer, GatedFeedForward) else layer.up, record) for layer in layers]
+        ):
+            model.hidden(some)
+        parts.append(torch.stack(seen))
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnitStatistics:
+    """What the feed-forward units of a model do over some text: one row a layer.
+
+    A unit is a hidden feature; z is what enters its activation function f (in a gated layer: the gate's), and
+    it is active on a token where |f(z)| is above the threshold that `unit_statistics` was given.
+
+    tokens:    how many were read.
+    active:    for each unit, the share of tokens on which it is active.
+    mean:      of z, over tokens and units.
+    negative:  share of all z below 0.
+    levels, quantiles: f(z) of all tokens and units at these shares from below.
+    """
+
+    tokens: int
+    active: Float[Tensor, "layers hidden"]
+    mean: Float[Tensor, " layers"]
+    negative: Float[Tensor, " layers"]
+    levels: tuple[float, ...]
+    quantiles: Float[Tensor, "layers levels"]
+
+    @property
+    def dead(self) -> Float[Tensor, " layers"]:
+        """Share of units that were active on no token at all. More text can only find fewer."""
+        return (self.active == 0).float().mean(-1)
+
+    @property
+    def active_share(self) -> Float[Tensor, " layers"]:
+        """Share of units active on a token, on average over tokens. 1 less it is the sparsity."""
+        return self.active.mean(-1)
+
+
+@torch.inference_mode()
+def unit_statistics(
+    model: Decoder,
+    ids: Int[Tensor, "batch seq"],
+    *,
+    threshold: int | float = 0.0,
+    levels: tuple[float, ...] = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99),
+    rows: int | None = None,
+) -> UnitStatistics:
+    r"""How often each feed-forward unit is active, which are dead, and how the activations are spread.
+
+    A unit $i$ is active on a token where $|f(z_i)| > $ `threshold`. With ReLU and 0 that is $z_i > 0$; a unit
+    active on no token gets no gradient from this text and is called dead. SiLU and GELU are hardly ever exactly
+    zero: there `threshold` says what counts as off. Quantiles are of all tokens and units of a layer, the
+    value at the nearest rank. In float32. `rows` and memory as in `pre_activations`.
+    Errors: ValueError for a threshold below 0 and for levels outside [0, 1].
+    Dead units: Glorot, Bordes and Bengio 2011, section 3 (AISTATS); sparsity in transformers: Li et al. 2022,
+    section 2 (arXiv 2210.06313).
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold {threshold} must be at least 0")
+    if not levels or not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"levels {levels} must be numbers between 0 and 1, at least one")
+    pre = pre_activations(model, ids, rows=rows).flatten(1, 2)
+    active, mean, negative, quantiles = [], [], [], []
+    for layer, z in enumerate(pre):
+        out = feed_forward(model, layer).activation(z).float()
+        active.append((out.abs() > threshold).float().mean(0))
+        mean.append(z.float().mean())
+        negative.append((z < 0).float().mean())
+        ordered = out.flatten().sort().values
+        quantiles.append(torch.stack([ordered[round(level * (len(ordered) - 1))] for level in levels]))
+    return UnitStatistics(
+        tokens=ids.numel(),
+        active=torch.stack(active),
+        mean=torch.stack(mean),
+        negative=torch.stack(negative),
+        levels=levels,
+        quantiles=torch.stack(quantiles),
+    )
+
+
 def first_token_score(maps: Float[Tensor, "*heads seq seq"]) -> Float[Tensor, "*heads"]:
     """Mean attention that queries give to the first token (the query at 0, which has no choice, left out)."""
     _check_length(maps)
@@ -151,6 +261,11 @@ def parameter_ledger(model: Decoder) -> dict[str, int]:
             part = "attention" if ".mixer." in name else "feed-forward"
         ledger[part] += parameter.numel()
     return ledger
+
+
+def _check_layer(model: Decoder, layer: int) -> None:
+    if not 0 <= layer < len(model.blocks):
+        raise ValueError(f"layer {layer} is not one of the model's {len(model.blocks)}")
 
 
 def _check_length(maps: Tensor) -> None:

@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
 class GatedFeedForward(nn.Module):
     r"""$(f(x W_g) \odot x W_u)\,W_d$: one projection gates the other. With SiLU it is SwiGLU, as in Llama.
 
-    Three matrices instead of two, so `hidden` is usually about 8/3 x dim for equal parameters.
+    Three matrices instead of two, so `hidden` is usually about 8/3 x dim for equal parameters (`gated_hidden`).
     Shazeer 2020, section 2 (arXiv 2002.05202).
     """
 
@@ -46,7 +46,7 @@ class GatedFeedForward(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        hidden = 8 * dim // 3 if hidden is None else hidden
+        hidden = gated_hidden(dim) if hidden is None else hidden
         _check(dim, hidden)
         self.activation = find_activation(activation)
         self.gate = nn.Linear(dim, hidden, bias=bias)
@@ -57,6 +57,18 @@ class GatedFeedForward(nn.Module):
         """Shape (..., dim) to the same shape."""
         _check_features(x, self.up.in_features)
         return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def gated_hidden(dim: int, *, multiple_of: int = 1) -> int:
+    r"""Hidden width of a gated layer with the parameters of a plain one of 4 x dim: $\lfloor 8\,\text{dim}/3 \rfloor$.
+
+    Two matrices of 4 x dim are three of 8/3 x dim. Then up to the next multiple of `multiple_of`, as Llama's code does
+    for its hardware: dim 4096 and multiples of 256 give 11008. Errors: ValueError below 1.
+    Shazeer 2020, section 2 (arXiv 2002.05202); Touvron et al. 2023, section 2.2 (arXiv 2302.13971).
+    """
+    if dim < 1 or multiple_of < 1:
+        raise ValueError(f"dim {dim} and multiple_of {multiple_of} must be at least 1")
+    return -(-(8 * dim // 3) // multiple_of) * multiple_of
 
 
 def feed_forward_parameters(dim: int, hidden: int, *, gated: bool = False, bias: bool = False) -> int:

@@ -1,0 +1,162 @@
+"""The exercises of chapter 16: solutions pass, plausible slips get their own hint, memorised answers fail."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llm_atlas.book import check
+from llm_atlas.book.concepts import chapters
+
+SEEDS = range(8)
+
+
+def swiglu(x, w_gate, w_up, w_down):
+    return (F.silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def slope(x):
+    x = x.double().requires_grad_()
+    return torch.autograd.grad(F.gelu(x).sum(), x)[0].float()
+
+
+def backward(grad, gate, up):
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    return torch.stack(torch.autograd.grad(F.gelu(gate) * up, (gate, up), grad))
+
+
+def dead(x, w, b):
+    w = w.requires_grad_()
+    # every token by itself, so that no two gradients cancel
+    steps = [torch.autograd.grad(torch.relu(row @ w + b).sum(), w)[0].abs().sum(0) for row in x]
+    return torch.stack(steps).sum(0) == 0
+
+
+SOLUTIONS: dict[str, Callable[..., Any]] = {
+    "swiglu": swiglu,
+    "gelu": slope,
+    "geglu": backward,
+    "relu": dead,
+}
+
+
+def phi(x):
+    return torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def below(x):
+    return (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def tanh_slope(x):
+    x = x.requires_grad_()
+    return torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x)[0]
+
+
+def swiglu_backward(grad, gate, up):
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    return torch.stack(torch.autograd.grad(F.silu(gate) * up, (gate, up), grad))
+
+
+WRONG: list[tuple[str, Callable[..., Any], str]] = [
+    ("swiglu", lambda x, g, u, d: swiglu(x, u, g, d), "over the up projection"),
+    ("swiglu", lambda x, g, u, d: (torch.sigmoid(x @ g) * (x @ u)) @ d, "a sigmoid gate"),
+    ("swiglu", lambda x, g, u, d: (F.gelu(x @ g) * (x @ u)) @ d, "this is GeGLU"),
+    ("swiglu", lambda x, g, u, d: (F.relu(x @ g) * (x @ u)) @ d, "this is ReGLU"),
+    ("swiglu", lambda x, g, u, d: F.silu((x @ g) * (x @ u)) @ d, "over the product"),
+    ("swiglu", lambda x, g, u, d: ((x @ g) * (x @ u)) @ d, "silu is missing"),
+    ("swiglu", lambda x, g, u, d: (F.silu(x @ g) * F.silu(x @ u)) @ d, "over both"),
+    ("swiglu", lambda x, g, u, d: (F.silu(x @ g) + x @ u) @ d, "a gate multiplies"),
+    ("swiglu", lambda x, g, u, d: F.silu(x @ g) @ d, "nothing to gate"),
+    ("gelu", below, "second term is missing"),
+    ("gelu", lambda x: x * phi(x), "first term is missing"),
+    ("gelu", lambda x: below(x) + phi(x), "factor x before"),
+    ("gelu", lambda x: below(x) + x * torch.exp(-(x**2) / 2), "1 / sqrt(2 pi)"),
+    ("gelu", lambda x: below(x) - x * phi(x), "the sign"),
+    ("gelu", F.gelu, "GELU itself"),
+    ("gelu", tanh_slope, "the tanh form"),
+    ("gelu", lambda x: torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x))), "derivative of silu"),
+    ("geglu", lambda d, g, u: backward(d, g, u).flip(0), "swapped"),
+    ("geglu", lambda d, g, u: torch.stack([d * u, d * F.gelu(g)]), "lacks the slope"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * F.gelu(g), d * F.gelu(g)]), "where its slope belongs"),
+    ("geglu", lambda d, g, u: torch.stack([d * slope(g.detach()), d * F.gelu(g)]), "lacks the factor up"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * below(g), d * F.gelu(g)]), "second term"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * slope(g.detach()), d * g]), "not gate, times grad"),
+    ("geglu", swiglu_backward, "backward of SwiGLU"),
+    ("relu", lambda x, w, b: (x @ w + b > 0).any(0), "wrong way round"),
+    ("relu", lambda x, w, b: (x @ w + b <= 0).any(0), "is sparse"),
+    ("relu", lambda x, w, b: (x @ w + b < 0).all(0), "exactly 0"),
+    ("relu", lambda x, w, b: (x @ w + b).mean(0) <= 0, "the mean"),
+    ("relu", lambda x, w, b: ~(x @ w > 0).any(0), "bias is missing"),
+    ("relu", lambda x, w, b: (x @ w + b)[-1] <= 0, "only the last token"),
+]
+
+
+def test_every_concept_of_the_chapter_has_an_exercise() -> None:
+    assert list(SOLUTIONS) == list(chapters()[15].concepts)
+    assert {concept for concept, _, _ in WRONG} == set(SOLUTIONS)
+
+
+@pytest.mark.parametrize("concept", SOLUTIONS)
+def test_the_solution_passes_with_a_steady_message(concept: str) -> None:
+    verdicts = [check(concept, SOLUTIONS[concept], seed=seed) for seed in SEEDS]
+    verdicts.append(check(concept, SOLUTIONS[concept]))
+    assert all(verdicts), verdicts
+    assert len({repr(verdict) for verdict in verdicts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("concept", "answer", "hint"), WRONG, ids=[f"{concept}: {hint}" for concept, _, hint in WRONG]
+)
+def test_a_slip_is_named(concept: str, answer: Callable[..., Any], hint: str) -> None:
+    for seed in SEEDS:
+        verdict = check(concept, answer, seed=seed)
+        assert verdict.state == "wrong"
+        assert hint in verdict.message.split("\n")[0], verdict
+    assert check(concept, answer).state == "wrong"
+
+
+def test_a_missing_down_projection_is_named() -> None:
+    """Where hidden and dim differ the shape says it, where they are equal the hint."""
+    verdict = check("swiglu", lambda x, g, u, d: F.silu(x @ g) * (x @ u))
+    assert verdict.state == "wrong"
+    assert "w_down is missing" in verdict.message
+
+
+@pytest.mark.parametrize("concept", SOLUTIONS)
+def test_a_hard_coded_answer_fails(concept: str) -> None:
+    """Results learnt on one seed, keyed by the inputs' shapes, do not pass on another."""
+    solution, learnt = SOLUTIONS[concept], {}
+
+    def key(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(tuple(i.shape) for i in inputs)
+
+    def study(*inputs: Any) -> Any:
+        return learnt.setdefault(key(inputs), solution(*inputs))
+
+    def recite(*inputs: Any) -> Any:
+        return learnt.get(key(inputs), next(iter(learnt.values())))
+
+    check(concept, study, seed=1)
+    assert learnt
+    assert check(concept, recite, seed=2).state == "wrong"
+    assert check(concept, recite).state == "wrong"
+
+
+@pytest.mark.parametrize("concept", SOLUTIONS)
+@pytest.mark.parametrize("blank", [..., None, lambda *_: None, lambda *_: ...])
+def test_a_blank_is_unattempted(concept: str, blank: Any) -> None:
+    verdict = check(concept, blank)
+    assert verdict.state == "unattempted"
+    assert verdict.message.startswith("Write ")
+
+
+def test_the_slope_of_relu_at_zero_is_zero_in_torch_too() -> None:
+    """relu's slope at exactly 0 is a choice; torch chose 0, and so does the exercise on dead units."""
+    x = torch.zeros(3, requires_grad=True)
+    torch.relu(x).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
