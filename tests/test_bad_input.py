@@ -150,7 +150,7 @@ CASES = [
     (lambda: config(norm_eps=0.0), ValueError, "norm_eps 0.0 must be positive and finite"),
     (lambda: config(rope_base=float("nan")), ValueError, "rope_base nan must be positive and finite"),
     (lambda: config(norm="batch"), ValueError, "norm 'batch' is not one of layer, rms"),
-    (lambda: config(positions="alibi"), ValueError, "positions 'alibi' is not one of none, sinusoidal, learned, rotary"),
+    (lambda: config(positions="polar"), ValueError, "positions 'polar' is not one of none, sinusoidal, learned, rotary, alibi, t5, shaw"),
     (lambda: config(heads=3), ValueError, "dim 8 must divide into 3 heads"),
     (lambda: Decoder(config(heads=8)), ValueError, "dim 1 must be even and positive: features are used in pairs"),
     (lambda: MODEL(ids(5)), ValueError, "ids must have shape (batch, seq) with both at least 1, got (5,)"),

@@ -23,6 +23,13 @@ CONFIGS = {
     "sandwich, no positions, qk-norm": dataclasses.replace(
         CONFIG, placement="sandwich", positions="none", qk_norm=True, tied=False, head_dim=6
     ),
+    "interleaved, partial": dataclasses.replace(
+        CONFIG, rotary_layout="interleaved", rotary_dim=4, head_dim=6
+    ),
+    "rotary, one layer without": dataclasses.replace(CONFIG, nope_layers=(0,)),
+    "alibi": dataclasses.replace(CONFIG, positions="alibi"),
+    "t5": dataclasses.replace(CONFIG, positions="t5", layers=3, nope_layers=(1,)),
+    "shaw": dataclasses.replace(CONFIG, positions="shaw"),
 }
 EACH = pytest.mark.parametrize("name", CONFIGS)
 

@@ -240,10 +240,8 @@ def test_cross_attention_is_that_of_t5():
 
     config = T5Config(d_model=12, d_kv=5, num_heads=3, dropout_rate=0.0, is_decoder=True)
     theirs = randomised(T5Attention(config, has_relative_attention_bias=False, layer_idx=0), seed=3)
-    ours = MultiHeadAttention(12, 3, head_dim=5)
-    # T5 does not scale its scores; ours are divided by sqrt(5), so the queries carry a factor sqrt(5).
-    weights = {"q.weight": theirs.q.weight * math.sqrt(5)}
-    ours.load_state_dict(weights | {f"{n}.weight": getattr(theirs, n[0]).weight for n in ("k", "v", "out")})
+    ours = MultiHeadAttention(12, 3, head_dim=5, scale=1.0)  # T5 does not scale its scores
+    ours.load_state_dict({f"{n}.weight": getattr(theirs, n[0]).weight for n in ("q", "k", "v", "out")})
     x, context = randn(2, 4, 12), randn(2, 6, 12, seed=1)
     mask = padding_mask(torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]]))
     added = torch.zeros(2, 1, 4, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -373,7 +371,7 @@ def test_attend_passes_everything_on():
 class Slopes(PositionScheme):
     """A bias that falls with the distance, as ALiBi's."""
 
-    def bias(self, query_positions, key_positions):
+    def bias(self, q, query_positions, key_positions):
         distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
         return -torch.tensor([0.5, 0.25])[:, None, None] * distance.float()
 
@@ -382,7 +380,7 @@ def test_a_scheme_that_biases_the_scores_works_with_and_without_a_cache():
     mixer = randomised(MultiHeadAttention(8, 2, positions=Slopes()))
     x, at = randn(1, 5, 8), torch.arange(5)[None]
     q, k, v = (split_heads(part(x), 2) for part in (mixer.q, mixer.k, mixer.v))
-    bias = Slopes().bias(at, at)
+    bias = Slopes().bias(q, at, at)
     whole = mixer(x)
     assert_close(
         whole,

@@ -151,4 +151,4 @@ def test_no_positions_do_nothing():
     assert NoPositions().rotate(x, at) is x
     tokens = x[0]
     assert NoPositions().embed(tokens, at) is tokens
-    assert NoPositions().bias(at, at) is None
+    assert NoPositions().bias(x, at, at) is None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_atlas.models.decoder import DecoderConfig
-from llm_atlas.nn.positions import PositionScheme
+from llm_atlas.nn.positions import PositionScheme, interleaved_to_half
 
 Names = dict[str, str]
 
@@ -99,7 +99,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     left_over = sorted(set(weights) - set(wanted))
     if left_over:
         raise ValueError(f"the model has no place for weight {left_over[0]!r}")
-    model.load_state_dict(dict(weights), assign=True)
+    # A module that layers share has a name in each of them, and `wanted` only the first.
+    names = {id(parameter): name for name, parameter in wanted.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    model.load_state_dict({name: weights[names[id(p)]] for name, p in every}, assign=True)
 
 
 def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -160,7 +163,7 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     """
     if weight.shape[0] % (2 * heads):
         raise ValueError(f"{weight.shape[0]} rows do not divide into {heads} heads of feature pairs")
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return interleaved_to_half(weight, heads=heads, dim=0)
 
 
 def gguf_weights(

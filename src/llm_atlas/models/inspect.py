@@ -148,7 +148,11 @@ def parameter_ledger(model: Decoder) -> dict[str, int]:
         elif name.startswith("head."):
             part = "head"
         else:
-            part = "attention" if ".mixer." in name else "feed-forward"
+            part = (
+                "attention"
+                if ".mixer." in name or name.startswith("attention_positions.")
+                else "feed-forward"
+            )
         ledger[part] += parameter.numel()
     return ledger
 
