@@ -204,6 +204,7 @@ RUNS: dict[object, Callable[[], object]] = {
     families.load_weights: loaded,
     families.build: loaded,
     families.gguf_weights: loaded,
+    families.gpt2_weights: lambda: families.gpt2_weights({"h.0.attn.c_attn.weight": x(8, 24)}, CONFIG),
     families.unpermute: lambda: families.unpermute(x(8, 3), 2),
     feedforward.FeedForward: lambda: on_meta(lambda: feedforward.FeedForward(8))(x(2, 5, 8)),
     feedforward.GatedFeedForward: lambda: on_meta(lambda: feedforward.GatedFeedForward(8))(x(2, 5, 8)),
@@ -259,6 +260,7 @@ RUNS: dict[object, Callable[[], object]] = {
 
 NO_TENSORS = {
     "attention.AttendFunction", "decoder.DecoderConfig", "families.from_llama_config", "families.from_gguf_metadata",
+    "families.from_gpt2_config", "inspect.PositionProbe",
     "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops",
 }  # fmt: skip
 READS_NUMBERS = {
@@ -266,6 +268,7 @@ READS_NUMBERS = {
     "generate.generate": "tokens are handed out as ints",
     "inspect.attention_maps": "its maps are collected on the CPU, as its docstring says; see the test below",
     "masks.left_pad": "its numbers come as lists, and torch.tensor reads a list on the CPU; see the test below",
+    "inspect.position_probe": "what it measures is a number; see the test below",
     "pretrained.load_smollm2": "reads a file",
 }
 
@@ -315,6 +318,11 @@ def test_generate_follows_the_model_as_far_as_the_first_token():
 def test_attention_maps_run_there_up_to_the_copy_to_the_cpu():
     with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
         look.attention_maps(model(), at(2, 5))
+
+
+def test_the_position_probe_runs_there_up_to_its_numbers():
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta tensor|Meta"), OnlyMeta():
+        look.position_probe(x(8, 5, 3), at(5))
 
 
 # -------------------------------------------------------------------------- faults that must be caught

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+from llm_atlas.nn import attention
 from llm_atlas.nn.attention import (
     Attend,
     MultiHeadAttention,
@@ -131,6 +132,17 @@ def test_is_causal_on_a_square_is_the_lower_triangle(attend, option):
     expected, expected_grads = gradients(oracle, tensors, how)
     assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
     assert_close(grads, [g.float() for g in expected_grads], atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_under_the_causal_mask_takes_the_fused_kernel(monkeypatch):
+    (q, k, v), how = inputs("groups", "bias")
+    k, v, bias = k[..., :5, :], v[..., :5, :], how["bias"][..., :5]
+    wanted = scaled_dot_product_attention(q, k, v, bias=bias, is_causal=True)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", None)  # the slow path must not be needed
+    assert_close(fused_attention(q, k, v, bias=bias, is_causal=True), wanted, atol=2e-6, rtol=1e-5)
+    row = bias[..., :1, :]  # a bias that all queries share
+    out = fused_attention(q, k, v, bias=row, is_causal=True)
+    assert_close(out, fused_attention(q, k, v, bias=row.expand_as(bias), is_causal=True))
 
 
 @BOTH
@@ -347,6 +359,16 @@ def test_qk_norm_comes_before_the_rotation():
     after = [rms_norm(rotary.rotate(t, positions), w) for t, w in zip((q, k), scales, strict=True)]
     assert_close(mixer(x), out(*before), atol=1e-6, rtol=1e-5)
     assert (mixer(x) - out(*after)).abs().max() > 1e-2
+
+
+def test_the_scale_multiplies_the_logits_and_not_what_a_scheme_adds():
+    mixer = randomised(MultiHeadAttention(8, 2, positions=Slopes(), scale=0.3))
+    x, at = randn(1, 5, 8), torch.arange(5)[None]
+    q, k, v = (split_heads(part(x), 2) for part in (mixer.q, mixer.k, mixer.v))
+    weights = (0.3 * q @ k.transpose(-2, -1) + Slopes().bias(q, at, at)).masked_fill(
+        ~causal_mask(5), -math.inf
+    )
+    assert_close(mixer(x), mixer.out(merge_heads(weights.softmax(-1) @ v)), atol=1e-6, rtol=1e-5)
 
 
 def test_split_and_merge_are_inverse_and_cut_features_before_moving_axes():

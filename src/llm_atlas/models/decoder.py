@@ -37,6 +37,7 @@ class DecoderConfig:
     positions: "sinusoidal" and "learned" are added to the embeddings; "rotary", "alibi", "t5" and "shaw" act inside
     attention, one scheme for all layers but `nope_layers` (numbers of layers, from 0), which see no positions, as
     in SmolLM3. Rotary alone: `rope_base`, `rotary_layout`, `rotary_dim` (the first features of a head that turn).
+    T5 alone: `relative_buckets`. T5 and Shaw: `relative_distance`, beyond which distances are one (128 and 16).
     """
 
     vocab: int
@@ -57,6 +58,8 @@ class DecoderConfig:
     rotary_layout: RotaryLayout = "half"
     rotary_dim: int | None = None
     nope_layers: tuple[int, ...] = ()
+    relative_buckets: int = 32
+    relative_distance: int | None = None
     attention_bias: bool = False
     out_bias: bool = False
     feedforward_bias: bool = False
@@ -235,9 +238,13 @@ def attention_positions(config: DecoderConfig) -> PositionScheme:
     if config.positions == "alibi":
         return AlibiPositions(config.heads)
     if config.positions == "t5":
-        return RelativePositionBias(config.heads, bidirectional=False)
+        most = 128 if config.relative_distance is None else config.relative_distance
+        return RelativePositionBias(
+            config.heads, buckets=config.relative_buckets, max_distance=most, bidirectional=False
+        )
     if config.positions == "shaw":
-        return ShawPositions(_head_dim(config))
+        most = 16 if config.relative_distance is None else config.relative_distance
+        return ShawPositions(_head_dim(config), max_distance=most)
     return PositionScheme()
 
 

@@ -361,7 +361,8 @@ def relative_attention(
     """
     queries, keys, rows = q.shape[-2], k.shape[-2], key_table.shape[0]
     if rows % 2 == 0 or (value_table is not None and value_table.shape[0] != rows):
-        raise ValueError(f"a table needs 2 K + 1 rows, for distances -K to K, and both as many; got {rows}")
+        found = rows if value_table is None else f"{rows} and {value_table.shape[0]}"
+        raise ValueError(f"a table needs 2 K + 1 rows, for distances -K to K, and both as many; got {found}")
     if keys < queries:
         raise ValueError(f"there are {queries} queries and {keys} keys: queries are the last of the keys")
     wide = torch.promote_types(q.dtype, torch.float32)
