@@ -91,7 +91,11 @@ class SinusoidalPositions(PositionScheme):
 
 
 class LearnedPositions(PositionScheme):
-    """A trained vector for each position, added to the embeddings; there is none past `length - 1`."""
+    r"""A trained vector for each position, added to the embeddings, $x_p + P_p$; there is none past `length - 1`.
+
+    length x dim weights, and a row that no training text was long enough to reach stays as it was made. Raises
+    ValueError for a position past the table. Devlin et al. 2018, section 3 (arXiv 1810.04805).
+    """
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
