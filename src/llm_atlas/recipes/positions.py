@@ -85,6 +85,9 @@ SETTINGS = {
 def make_model(method: str, seed: int, *, context: int | None = None) -> Decoder:
     """A decoder with the positions of `method`; all weights but those of the positions are the same for all.
 
+    A learnt vector of a position is drawn as those of tokens; the tables of T5 and Shaw begin with zeros, so that
+    at first every distance is as good as any other.
+
     `context` is the longest input: the longest of `LENGTHS` unless given, and the trained length for learned
     positions, which have a vector for each of these and none beyond. Errors: ValueError for an unknown method.
     """
@@ -97,12 +100,10 @@ def make_model(method: str, seed: int, *, context: int | None = None) -> Decoder
     plain = Decoder(config(positions="none"))
     initialize(plain, generator(seed), embedding_std=1.0)
     model = Decoder(config(**METHODS[method]))
-    initialize(
-        model, generator(seed + 1000), embedding_std=1.0
-    )  # a learnt table of positions as that of tokens
+    initialize(model, generator(seed + 1000), embedding_std=1.0)
     scheme = model.attention_positions
     if isinstance(scheme, RelativePositionBias | ShawPositions):
-        torch.nn.init.zeros_(scheme.table.weight)  # at first every distance is as good as any other
+        torch.nn.init.zeros_(scheme.table.weight)
     model.load_state_dict(plain.state_dict(), strict=False)
     return model
 
@@ -176,9 +177,17 @@ def bias_curves(model: Decoder, windows: Int[Tensor, "batch length"]) -> list[li
 
 @one_thread()
 def train(
-    method: str, seed: int, *, steps: int = STEPS, ids: Int[Tensor, " bytes"] | None = None
+    method: str,
+    seed: int,
+    *,
+    steps: int = STEPS,
+    stop: int | None = None,
+    ids: Int[Tensor, " bytes"] | None = None,
 ) -> tuple[Decoder, list[float]]:
-    """A newly trained model in eval mode, and its mean training loss over each tenth of the steps."""
+    """A newly trained model in eval mode, and its training loss, mean over each tenth of the steps.
+
+    stop: only so many of the steps are taken, with the learning rates of the whole.
+    """
     train, _ = split_held_out(byte_ids(king_james()) if ids is None else ids)
     model = make_model(method, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
@@ -193,13 +202,13 @@ def train(
         model,
         batches(train, seed, batch=BATCH, length=LENGTH),
         next_byte_loss,
-        steps=steps,
+        steps=steps if stop is None else min(stop, steps),
         optimizer=optimizer,
         clip=1.0,
         on_step=lambda step, row: schedule.step(),
     )
     losses = torch.tensor([row["loss"] for row in rows])
-    return model.eval(), [float(part.mean()) for part in losses.chunk(10)]
+    return model.eval(), [float(part.mean()) for part in losses.split(math.ceil(steps / 10))]
 
 
 @one_thread()
