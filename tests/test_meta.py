@@ -61,6 +61,15 @@ CONFIGS = [
         vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions="sinusoidal", placement="post"
     ),
     decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions="none"),
+    decoder.DecoderConfig(
+        vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, rotary_layout="interleaved", rotary_dim=2,
+        nope_layers=(1,),
+    ),
+    decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions="alibi"),
+    decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, positions="t5"),
+    decoder.DecoderConfig(
+        vocab=11, dim=8, layers=2, heads=4, kv_heads=2, hidden=12, context=16, positions="shaw"
+    ),
 ]  # fmt: skip
 
 
@@ -166,10 +175,15 @@ def schemes() -> None:
         positions.SinusoidalPositions(8),
         on_meta(lambda: positions.LearnedPositions(9, 8)),
         on_meta(lambda: positions.RotaryPositions(8, length=9)),
+        on_meta(lambda: positions.RotaryPositions(8, length=9, layout="interleaved", rotary_dim=4)),
+        positions.AlibiPositions(3),
+        on_meta(lambda: positions.RelativePositionBias(3, bidirectional=True)),
+        on_meta(lambda: positions.RelativePositionBias(3, bidirectional=False)),
+        on_meta(lambda: positions.ShawPositions(8)),
     ):
         scheme.embed(x(2, 5, 8), at(1, 5))
         scheme.rotate(x(2, 3, 5, 8), at(1, 5))
-        scheme.bias(at(1, 5), at(1, 5))
+        scheme.bias(x(2, 3, 5, 8), at(1, 5), at(1, 6))
         scheme.rebuild("meta")
 
 
@@ -214,6 +228,7 @@ RUNS: dict[object, Callable[[], object]] = {
     families.load_weights: loaded,
     families.build: loaded,
     families.gguf_weights: loaded,
+    families.gpt2_weights: lambda: families.gpt2_weights({"h.0.attn.c_attn.weight": x(8, 24)}, CONFIG),
     families.unpermute: lambda: families.unpermute(x(8, 3), 2),
     feedforward.FeedForward: lambda: on_meta(lambda: feedforward.FeedForward(8))(x(2, 5, 8)),
     feedforward.GatedFeedForward: lambda: on_meta(lambda: feedforward.GatedFeedForward(8))(x(2, 5, 8)),
@@ -244,7 +259,28 @@ RUNS: dict[object, Callable[[], object]] = {
     positions.LearnedPositions: schemes,
     positions.RotaryPositions: schemes,
     decoder.embedded_positions: every_decoder,
-    decoder.rotary_positions: every_decoder,
+    positions.apply_rotary: lambda: [
+        positions.apply_rotary(x(2, 5, 8), at(5), layout=layout) for layout in ("half", "interleaved")
+    ],
+    positions.interleaved_to_half: lambda: positions.interleaved_to_half(x(8, 3), heads=2, dim=0),
+    positions.half_to_interleaved: lambda: positions.half_to_interleaved(x(3, 8), heads=2),
+    positions.alibi_slopes: lambda: positions.alibi_slopes(6, device="meta"),
+    positions.alibi_bias: lambda: positions.alibi_bias(x(3), at(2, 4), at(1, 5)),
+    positions.AlibiPositions: schemes,
+    positions.relative_position_bucket: lambda: [
+        positions.relative_position_bucket(at(3, 5), bidirectional=both) for both in (False, True)
+    ],
+    positions.RelativePositionBias: schemes,
+    positions.relative_attention: lambda: positions.relative_attention(
+        x(2, 3, 8),
+        x(2, 5, 8),
+        x(2, 5, 6),
+        x(7, 8),
+        x(7, 6),
+        mask=torch.ones(3, 5, dtype=torch.bool, device="meta"),
+    ),
+    positions.ShawPositions: schemes,
+    decoder.attention_positions: every_decoder,
     sampling.temperature: lambda: sampling.temperature(0.5)(x(2, 11), []),
     sampling.greedy: lambda: sampling.greedy(x(2, 11)),
     sampling.sample: lambda: sampling.sample(x(2, 11)),
@@ -253,12 +289,14 @@ RUNS: dict[object, Callable[[], object]] = {
 NO_TENSORS = {
     "attention.AttendFunction", "decoder.DecoderConfig", "families.from_llama_config", "families.from_gguf_metadata",
     "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops", "feedforward.gated_hidden",
+    "families.from_gpt2_config", "inspect.PositionProbe",
 }  # fmt: skip
 READS_NUMBERS = {
     "generate.stream": "tokens are handed out as ints",
     "generate.generate": "tokens are handed out as ints",
     "inspect.attention_maps": "its maps are collected on the CPU, as its docstring says; see the test below",
     "masks.left_pad": "its numbers come as lists, and torch.tensor reads a list on the CPU; see the test below",
+    "inspect.position_probe": "what it measures is a number; see the test below",
     "pretrained.load_smollm2": "reads a file",
     "kernels.rms_norm.rms_norm": "a Triton kernel reads memory",
     "kernels.swiglu.swiglu": "a Triton kernel reads memory",
@@ -312,6 +350,11 @@ def test_generate_follows_the_model_as_far_as_the_first_token():
 def test_attention_maps_run_there_up_to_the_copy_to_the_cpu():
     with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
         look.attention_maps(model(), at(2, 5))
+
+
+def test_the_position_probe_runs_there_up_to_its_numbers():
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta tensor|Meta"), OnlyMeta():
+        look.position_probe(x(8, 5, 3), at(5))
 
 
 # -------------------------------------------------------------------------- faults that must be caught

@@ -23,6 +23,13 @@ CONFIGS = {
     "sandwich, no positions, qk-norm": dataclasses.replace(
         CONFIG, placement="sandwich", positions="none", qk_norm=True, tied=False, head_dim=6
     ),
+    "interleaved, partial": dataclasses.replace(
+        CONFIG, rotary_layout="interleaved", rotary_dim=4, head_dim=6
+    ),
+    "rotary, one layer without": dataclasses.replace(CONFIG, nope_layers=(0,)),
+    "alibi": dataclasses.replace(CONFIG, positions="alibi"),
+    "t5": dataclasses.replace(CONFIG, positions="t5", layers=3, nope_layers=(1,)),
+    "shaw": dataclasses.replace(CONFIG, positions="shaw"),
 }
 EACH = pytest.mark.parametrize("name", CONFIGS)
 
@@ -106,6 +113,22 @@ def test_positions_that_start_elsewhere_shift_learned_ones_and_leave_rotary_scor
     at = torch.arange(9)[None].expand(2, -1) + 5
     assert_close(MODELS["llama"](IDS, positions=at), MODELS["llama"](IDS), atol=1e-5, rtol=1e-5)
     assert (MODELS["gpt"](IDS, positions=at) - MODELS["gpt"](IDS)).abs().max() > 1e-2
+
+
+def test_the_options_of_a_scheme_reach_it():
+    def scheme(**change):
+        return Decoder(dataclasses.replace(CONFIG, **change)).attention_positions
+
+    rotary = scheme(rope_base=77.0, rotary_layout="interleaved", rotary_dim=2)
+    found = (rotary.dim, rotary.base, rotary.length, rotary.layout, rotary.rotary_dim)
+    assert found == (4, 77.0, 32, "interleaved", 2)
+    assert scheme(head_dim=6).dim == 6
+    assert scheme(positions="alibi").heads == 4
+    t5 = scheme(positions="t5", relative_buckets=8, relative_distance=20)
+    assert (t5.table.weight.shape, t5.max_distance, t5.bidirectional) == ((8, 4), 20, False)
+    assert scheme(positions="t5").max_distance == 128
+    assert scheme(positions="shaw", head_dim=6, relative_distance=5).table.weight.shape == (11, 6)
+    assert scheme(positions="shaw").max_distance == 16
 
 
 def test_tied_embeddings_are_one_tensor():

@@ -1,5 +1,6 @@
 """Tiny random models of transformers, converted: every parameter drawn anew, and every one of them needed."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,10 +10,13 @@ from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.families import (
     LLAMA,
     QWEN3,
+    SMOLLM3,
     build,
     from_gguf_metadata,
+    from_gpt2_config,
     from_llama_config,
     gguf_weights,
+    gpt2_weights,
     load_weights,
     rename,
     unpermute,
@@ -36,7 +40,16 @@ IDS = torch.randint(3, 61, (2, 17), generator=torch.Generator().manual_seed(1))
 @functools.cache
 def theirs(family: str):
     """A tiny model of the family, its configuration and logits."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+    )
 
     config, kind = {
         "llama": lambda: (LlamaConfig(**SHAPE, tie_word_embeddings=False), LlamaForCausalLM),
@@ -48,6 +61,36 @@ def theirs(family: str):
         "qwen3, tied": lambda: (
             Qwen3Config(**SHAPE, tie_word_embeddings=True, head_dim=6, rope_theta=77.0, rms_norm_eps=1e-3),
             Qwen3ForCausalLM,
+        ),
+        "smollm3": lambda: (
+            SmolLM3Config(**SHAPE, tie_word_embeddings=False, no_rope_layers=[0, 1], rope_theta=50.0),
+            SmolLM3ForCausalLM,
+        ),
+        "smollm3, tied": lambda: (
+            SmolLM3Config(**SHAPE, tie_word_embeddings=True, no_rope_layer_interval=2),
+            SmolLM3ForCausalLM,
+        ),
+        "gpt2, tied": lambda: (
+            GPT2Config(
+                vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+            ),
+            GPT2LMHeadModel,
+        ),
+        "gpt2": lambda: (
+            GPT2Config(
+                vocab_size=61,
+                n_embd=24,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                n_inner=40,
+                bos_token_id=1,
+                eos_token_id=2,
+                activation_function="relu",
+                layer_norm_epsilon=1e-3,
+                tie_word_embeddings=False,
+            ),
+            GPT2LMHeadModel,
         ),
     }[family]()
     model = kind(config).eval().requires_grad_(False)
@@ -62,7 +105,10 @@ def theirs(family: str):
 
 def converted(family: str) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
     model, config, _ = theirs(family)
-    table = QWEN3 if family.startswith("qwen3") else LLAMA
+    if family.startswith("gpt2"):
+        ours = from_gpt2_config(config.to_dict())
+        return ours, gpt2_weights(model.state_dict(), ours)
+    table = {"qwen3": QWEN3, "smollm3": SMOLLM3, "llama": LLAMA}[family.split(",")[0]]
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -79,15 +125,31 @@ def error(family: str, weights: dict[str, torch.Tensor]) -> float:
     return ((ours(IDS) - expected).abs().max() / expected.abs().max()).item()
 
 
-FAMILIES = ["llama", "llama, tied, biases", "qwen3", "qwen3, tied"]
+FAMILIES = [
+    "llama",
+    "llama, tied, biases",
+    "qwen3",
+    "qwen3, tied",
+    "smollm3",
+    "smollm3, tied",
+    "gpt2",
+    "gpt2, tied",
+]
 LINEAR = ["mixer.sublayer.q", "mixer.sublayer.k", "mixer.sublayer.v", "mixer.sublayer.out"]
 LINEAR += ["feedforward.sublayer.gate", "feedforward.sublayer.up", "feedforward.sublayer.down"]
+NORMS = ["mixer.norm", "feedforward.norm"]
 QK_NORMS = ["mixer.sublayer.q_norm.weight", "mixer.sublayer.k_norm.weight"]
 
 
 def tensors(family: str) -> list[str]:
     """Our names of all tensors of the model, written down without the tables under test."""
-    layer = [f"{name}.weight" for name in [*LINEAR, "mixer.norm", "feedforward.norm"]]
+    if family.startswith("gpt2"):
+        linear = [name for name in LINEAR if not name.endswith("gate")]
+        layer = [f"{name}.{part}" for name in [*linear, *NORMS] for part in ("weight", "bias")]
+        names = ["embed.weight", "positions.table.weight", "norm.weight", "norm.bias"]
+        names += [] if "tied" in family else ["head.weight"]
+        return names + [f"blocks.{i}.{name}" for i in range(2) for name in layer]
+    layer = [f"{name}.weight" for name in [*LINEAR, *NORMS]]
     layer += [f"{name}.bias" for name in LINEAR] if "biases" in family else []
     layer += QK_NORMS if "qwen3" in family else []
     names = ["embed.weight", "norm.weight"] + ([] if "tied" in family else ["head.weight"])
@@ -106,7 +168,11 @@ def test_logits_are_those_of_transformers(family):
 def test_every_tensor_is_needed(family, name):
     weights = converted(family)[1]
     weights[name] = torch.zeros_like(weights[name])
-    assert error(family, weights) > 1e-4
+    if family.startswith("gpt2") and name.endswith("mixer.sublayer.k.bias"):
+        # q . b is the same for all keys, and the softmax does not see it; only a rotation makes it matter.
+        assert error(family, weights) < 1e-5
+    else:
+        assert error(family, weights) > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +234,7 @@ def test_a_name_outside_the_table_is_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, qwen3"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, qwen3, smollm3"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
             "rope_type 'yarn' is not supported yet",
@@ -180,6 +246,51 @@ def test_an_unsupported_configuration_is_refused(change, message):
     config = theirs("qwen3")[1].to_dict() | change
     with pytest.raises(ValueError, match=f"^{message}$"):
         from_llama_config(config)
+
+
+def test_smollm3_layers_without_positions_come_from_either_option():
+    config = theirs("smollm3")[1].to_dict()
+    assert from_llama_config(config).nope_layers == (0,)
+    assert converted("smollm3, tied")[0].nope_layers == (1,)
+    del config["no_rope_layers"]
+    config["num_hidden_layers"] = 9
+    assert from_llama_config(config).nope_layers == (3, 7)  # every fourth, as in SmolLM3 itself
+    config["no_rope_layers"] = [1] * 8
+    with pytest.raises(ValueError, match=r"^no_rope_layers has 8 entries for 9 layers$"):
+        from_llama_config(config)
+
+
+def test_layers_without_positions_are_needed_where_they_are():
+    config, weights = converted("smollm3")
+    expected = theirs("smollm3")[2]
+    for layers in ((), (1,), (0, 1)):
+        logits = build(dataclasses.replace(config, nope_layers=layers), weights, Decoder)(IDS)
+        assert (logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neo"}, "model_type 'gpt_neo' is not 'gpt2'"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False is not supported yet"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not supported yet"),
+        ({"add_cross_attention": True}, "add_cross_attention is not supported yet"),
+    ],
+)
+def test_an_unsupported_gpt2_is_refused(change, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        from_gpt2_config(theirs("gpt2")[1].to_dict() | change)
+
+
+def test_gpt2_files_of_any_age_are_read():
+    config, weights = converted("gpt2, tied")
+    state = theirs("gpt2, tied")[0].state_dict()
+    bare = {n.removeprefix("transformer."): t for n, t in state.items() if n != "lm_head.weight"}
+    old = bare | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    for file in (bare, old):
+        read = gpt2_weights(file, config)
+        assert read.keys() == weights.keys()
+        assert all(torch.equal(read[name], weights[name]) for name in read)
 
 
 def test_another_gguf_architecture_is_refused():

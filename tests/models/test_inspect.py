@@ -16,6 +16,7 @@ from llm_atlas.models.inspect import (
     mixer,
     parameter_ledger,
     pre_activations,
+    position_probe,
     previous_token_score,
     residual_stream,
     self_score,
@@ -155,6 +156,74 @@ def test_scores_want_three_tokens():
     for score in (first_token_score, previous_token_score, self_score):
         with pytest.raises(ValueError, match="at least 3 tokens, got 2"):
             score(torch.ones(2, 2))
+
+
+def test_the_stream_under_another_mask_is_the_one_the_model_computes(model):
+    everything = torch.ones(1, 1, 7, 7, dtype=torch.bool)
+    points = residual_stream(model, IDS, mask=everything)
+    assert_close(model.norm(points[-1]), model.hidden(IDS, mask=everything))
+    assert torch.equal(points[0], residual_stream(model, IDS)[0])
+    assert (points - residual_stream(model, IDS))[1:].abs().amax((1, 2, 3)).min() > 1e-2
+
+
+# --------------------------------------------------------------------------------- position probe
+
+
+def states(rows: int = 40, seq: int = 9, dim: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, seq, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_position_that_stands_in_the_states_is_read():
+    x, at = states(), torch.arange(9)
+    x[..., 2] += 100 - 30 * at  # one feature holds it, with a scale and an offset of its own
+    probe = position_probe(x, at)
+    assert probe.predicted.shape == (10, 9)
+    assert probe.r2 > 0.99
+    assert probe.error < 0.2
+    # A turn of the features changes nothing that a linear probe could see.
+    turn = torch.linalg.qr(states(1, 6)[0])[0]
+    assert position_probe(x @ turn, at).r2 == pytest.approx(probe.r2, abs=0.01)
+    assert position_probe(x, at + 7).predicted == pytest.approx(probe.predicted + 7, abs=1e-3)
+
+
+def test_states_that_know_nothing_give_the_mean():
+    probe = position_probe(states(400), torch.arange(9))
+    assert -0.05 < probe.r2 < 0.05
+    assert probe.error == pytest.approx(20 / 9, abs=0.1)  # the mean distance of 0..8 from 4
+    constant = position_probe(torch.ones(8, 9, 3), torch.arange(9))
+    assert constant.r2 == pytest.approx(0, abs=1e-9)
+
+
+def test_the_probe_is_measured_on_rows_it_was_not_fitted_to():
+    # As many features as vectors: what is fitted is fitted exactly, and says nothing of other rows.
+    probe = position_probe(states(4, 9, 60), torch.arange(9), ridge=1e-9)
+    assert probe.r2 < 0
+    x, at = states(8), torch.arange(9)
+    held_out = position_probe(x, at, held_out=0.5)
+    changed = x.clone()
+    changed[4:] = 0
+    assert position_probe(changed, at, held_out=0.5).predicted[0, 0] != held_out.predicted[0, 0]
+    mean, spread = x[:4].flatten(0, 1).mean(0), x[:4].flatten(0, 1).std(0, correction=0)
+    a = ((x - mean) / spread).double()
+    ridge = 36 * 1e-3 * torch.eye(6, dtype=torch.float64)
+    fitted = a[:4].flatten(0, 1)
+    weights = torch.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ (at.repeat(4) - 4.0).double())
+    assert_close(held_out.predicted, (a[4:] @ weights + 4).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(1, 0.25), (3, 0.1), (4, 1.0)])
+def test_a_probe_needs_rows_on_both_sides(rows, held_out):
+    with pytest.raises(ValueError, match=f"^{rows} rows cannot be split with {held_out} of them held out"):
+        position_probe(states(rows), torch.arange(9), held_out=held_out)
+
+
+@pytest.mark.parametrize("positions", ["t5", "shaw"])
+def test_tables_of_attention_are_in_its_part_of_the_ledger(positions):
+    sizes = {"vocab": 13, "dim": 16, "layers": 3, "heads": 4, "hidden": 24, "context": 32}
+    ledger = parameter_ledger(Decoder(DecoderConfig(**sizes, positions=positions)))
+    plain = parameter_ledger(Decoder(DecoderConfig(**sizes, positions="none")))
+    table = 32 * 4 if positions == "t5" else 33 * 4
+    assert ledger == plain | {"attention": plain["attention"] + table}
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
+from llm_atlas.nn import attention
 from llm_atlas.nn.attention import (
     Attend,
     MultiHeadAttention,
@@ -133,6 +134,17 @@ def test_is_causal_on_a_square_is_the_lower_triangle(attend, option):
     assert_close(grads, [g.float() for g in expected_grads], atol=1e-5, rtol=1e-5)
 
 
+def test_a_bias_under_the_causal_mask_takes_the_fused_kernel(monkeypatch):
+    (q, k, v), how = inputs("groups", "bias")
+    k, v, bias = k[..., :5, :], v[..., :5, :], how["bias"][..., :5]
+    wanted = scaled_dot_product_attention(q, k, v, bias=bias, is_causal=True)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", None)  # the slow path must not be needed
+    assert_close(fused_attention(q, k, v, bias=bias, is_causal=True), wanted, atol=2e-6, rtol=1e-5)
+    row = bias[..., :1, :]  # a bias that all queries share
+    out = fused_attention(q, k, v, bias=row, is_causal=True)
+    assert_close(out, fused_attention(q, k, v, bias=row.expand_as(bias), is_causal=True))
+
+
 @BOTH
 @pytest.mark.parametrize("keys", [4, 6])
 def test_is_causal_off_the_square_is_refused(attend, keys):
@@ -240,10 +252,8 @@ def test_cross_attention_is_that_of_t5():
 
     config = T5Config(d_model=12, d_kv=5, num_heads=3, dropout_rate=0.0, is_decoder=True)
     theirs = randomised(T5Attention(config, has_relative_attention_bias=False, layer_idx=0), seed=3)
-    ours = MultiHeadAttention(12, 3, head_dim=5)
-    # T5 does not scale its scores; ours are divided by sqrt(5), so the queries carry a factor sqrt(5).
-    weights = {"q.weight": theirs.q.weight * math.sqrt(5)}
-    ours.load_state_dict(weights | {f"{n}.weight": getattr(theirs, n[0]).weight for n in ("k", "v", "out")})
+    ours = MultiHeadAttention(12, 3, head_dim=5, scale=1.0)  # T5 does not scale its scores
+    ours.load_state_dict({f"{n}.weight": getattr(theirs, n[0]).weight for n in ("q", "k", "v", "out")})
     x, context = randn(2, 4, 12), randn(2, 6, 12, seed=1)
     mask = padding_mask(torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]]))
     added = torch.zeros(2, 1, 4, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -351,6 +361,16 @@ def test_qk_norm_comes_before_the_rotation():
     assert (mixer(x) - out(*after)).abs().max() > 1e-2
 
 
+def test_the_scale_multiplies_the_logits_and_not_what_a_scheme_adds():
+    mixer = randomised(MultiHeadAttention(8, 2, positions=Slopes(), scale=0.3))
+    x, at = randn(1, 5, 8), torch.arange(5)[None]
+    q, k, v = (split_heads(part(x), 2) for part in (mixer.q, mixer.k, mixer.v))
+    weights = (0.3 * q @ k.transpose(-2, -1) + Slopes().bias(q, at, at)).masked_fill(
+        ~causal_mask(5), -math.inf
+    )
+    assert_close(mixer(x), mixer.out(merge_heads(weights.softmax(-1) @ v)), atol=1e-6, rtol=1e-5)
+
+
 def test_split_and_merge_are_inverse_and_cut_features_before_moving_axes():
     x = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
     heads = split_heads(x, 2)
@@ -373,7 +393,7 @@ def test_attend_passes_everything_on():
 class Slopes(PositionScheme):
     """A bias that falls with the distance, as ALiBi's."""
 
-    def bias(self, query_positions, key_positions):
+    def bias(self, q, query_positions, key_positions):
         distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
         return -torch.tensor([0.5, 0.25])[:, None, None] * distance.float()
 
@@ -382,7 +402,7 @@ def test_a_scheme_that_biases_the_scores_works_with_and_without_a_cache():
     mixer = randomised(MultiHeadAttention(8, 2, positions=Slopes()))
     x, at = randn(1, 5, 8), torch.arange(5)[None]
     q, k, v = (split_heads(part(x), 2) for part in (mixer.q, mixer.k, mixer.v))
-    bias = Slopes().bias(at, at)
+    bias = Slopes().bias(q, at, at)
     whole = mixer(x)
     assert_close(
         whole,

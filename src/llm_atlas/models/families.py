@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_atlas.models.decoder import DecoderConfig
-from llm_atlas.nn.positions import PositionScheme
+from llm_atlas.nn.positions import PositionScheme, interleaved_to_half
 
 Names = dict[str, str]
 
@@ -48,6 +48,31 @@ def _table(layer: Names, prefix: str, outside: Names) -> Names:
 
 LLAMA = _table(_LLAMA_LAYER, "model.layers.", _OUTSIDE)
 QWEN3 = _table(_QWEN3_LAYER, "model.layers.", _OUTSIDE)
+SMOLLM3 = LLAMA
+GPT2 = _table(
+    {
+        f"{theirs}.{part}": f"{ours}.{part}"
+        for theirs, ours in {
+            "ln_1": "mixer.norm",
+            "attn.c_attn.q": "mixer.sublayer.q",
+            "attn.c_attn.k": "mixer.sublayer.k",
+            "attn.c_attn.v": "mixer.sublayer.v",
+            "attn.c_proj": "mixer.sublayer.out",
+            "ln_2": "feedforward.norm",
+            "mlp.c_fc": "feedforward.sublayer.up",
+            "mlp.c_proj": "feedforward.sublayer.down",
+        }.items()
+        for part in ("weight", "bias")
+    },
+    "h.",
+    {
+        "wte.weight": "embed.weight",
+        "wpe.weight": "positions.table.weight",
+        "ln_f.weight": "norm.weight",
+        "ln_f.bias": "norm.bias",
+    },
+)
+"""What `gpt2_weights` reads, when it has cut c_attn in three."""
 LLAMA_GGUF = _table(
     {
         "attn_norm.weight": "mixer.norm.weight",
@@ -99,16 +124,23 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     left_over = sorted(set(weights) - set(wanted))
     if left_over:
         raise ValueError(f"the model has no place for weight {left_over[0]!r}")
-    model.load_state_dict(dict(weights), assign=True)
+    # A module that layers share has a name in each of them, and `wanted` only the first.
+    names = {id(parameter): name for name, parameter in wanted.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    model.load_state_dict({name: weights[names[id(p)]] for name, p in every}, assign=True)
 
 
 def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """A transformers configuration (as a dict) of the families `llama` and `qwen3`. Unsupported options are named."""
+    """A transformers configuration (as a dict) of the families `llama`, `qwen3` and `smollm3`.
+
+    Unsupported options are named. SmolLM3 leaves positions out in some layers, every fourth one unless
+    `no_rope_layers` (1 where a layer has rotary positions, 0 where it has none) says otherwise.
+    """
     kind = config.get("model_type")
-    if kind not in ("llama", "qwen3"):
-        raise ValueError(f"model_type {kind!r} is not one of llama, qwen3")
+    if kind not in ("llama", "qwen3", "smollm3"):
+        raise ValueError(f"model_type {kind!r} is not one of llama, qwen3, smollm3")
     rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_theta": config.get("rope_theta", 2000000.0 if kind == "smollm3" else 10000.0),
         "rope_type": "default",
     }
     if rope.get("rope_type", "default") != "default":
@@ -127,12 +159,75 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
         activation=config["hidden_act"],
         norm_eps=config["rms_norm_eps"],
         rope_base=rope["rope_theta"],
+        nope_layers=_nope_layers(config) if kind == "smollm3" else (),
         attention_bias=config.get("attention_bias", False),
         out_bias=config.get("attention_bias", False),
         feedforward_bias=config.get("mlp_bias", False),
         qk_norm=kind == "qwen3",
         tied=config["tie_word_embeddings"],
     )
+
+
+def _nope_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    layers, rotary = config["num_hidden_layers"], config.get("no_rope_layers")
+    if rotary is None:
+        interval = config.get("no_rope_layer_interval", 4)
+        rotary = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if len(rotary) < layers:
+        raise ValueError(f"no_rope_layers has {len(rotary)} entries for {layers} layers")
+    return tuple(layer for layer in range(layers) if not rotary[layer])
+
+
+def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """A transformers configuration (as a dict) of the family `gpt2`. Unsupported options are named."""
+    if config.get("model_type") != "gpt2":
+        raise ValueError(f"model_type {config.get('model_type')!r} is not 'gpt2'")
+    if not config.get("scale_attn_weights", True):
+        raise ValueError("scale_attn_weights=False is not supported yet")
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if config.get(name):
+            raise ValueError(f"{name} is not supported yet")
+    activation = config.get("activation_function", "gelu_new")
+    return DecoderConfig(
+        vocab=config["vocab_size"],
+        dim=config["n_embd"],
+        layers=config["n_layer"],
+        heads=config["n_head"],
+        hidden=config.get("n_inner") or 4 * config["n_embd"],
+        context=config["n_positions"],
+        activation="gelu_tanh" if activation == "gelu_new" else activation,
+        gated=False,
+        norm="layer",
+        norm_eps=config["layer_norm_epsilon"],
+        positions="learned",
+        attention_bias=True,
+        out_bias=True,
+        feedforward_bias=True,
+        tied=config.get("tie_word_embeddings", True),
+    )
+
+
+def gpt2_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """All tensors of a GPT-2 checkpoint under our names.
+
+    GPT-2 multiplies from the other side (`x @ weight`), so its matrices are transposed, and keeps query, key and
+    value side by side in one, which is cut in three. Names may begin with `transformer.`; the constant causal masks
+    of old files and the head's copy of the tied embedding are left out.
+    """
+    read: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config.tied):
+            continue
+        if ".c_" in name and name.endswith(".weight"):
+            tensor = tensor.T.contiguous()
+        if ".c_attn." in name:
+            whole, part = name.rsplit(".", 1)
+            pieces = zip("qkv", tensor.chunk(3), strict=True)
+            read |= {f"{whole}.{letter}.{part}": piece.contiguous() for letter, piece in pieces}
+        else:
+            read[name] = tensor
+    return rename(read, GPT2 | {"lm_head.weight": "head.weight"}, config.layers)
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
@@ -160,7 +255,7 @@ def unpermute(weight: Tensor, heads: int) -> Tensor:
     """
     if weight.shape[0] % (2 * heads):
         raise ValueError(f"{weight.shape[0]} rows do not divide into {heads} heads of feature pairs")
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return interleaved_to_half(weight, heads=heads, dim=0)
 
 
 def gguf_weights(

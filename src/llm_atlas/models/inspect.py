@@ -6,9 +6,10 @@ Everything here is done with hooks from outside; no forward pass knows that it i
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llm_atlas.models.decoder import Decoder
@@ -62,8 +63,13 @@ def attention_maps(
 
 
 @torch.inference_mode()
-def residual_stream(model: Decoder, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "points batch seq dim"]:
-    """The stream before the first block and after every block: layers + 1 points."""
+def residual_stream(
+    model: Decoder,
+    ids: Int[Tensor, "batch seq"],
+    *,
+    mask: Bool[Tensor, "#batch #heads seq seq"] | None = None,
+) -> Float[Tensor, "points batch seq dim"]:
+    """The stream before the first block and after every block: layers + 1 points. `mask` replaces the causal one."""
     points: list[Tensor] = []
 
     def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -76,8 +82,52 @@ def residual_stream(model: Decoder, ids: Int[Tensor, "batch seq"]) -> Float[Tens
         hooked([(model.blocks[0], entering)], before=True),
         hooked([(block, leaving) for block in model.blocks]),
     ):
-        model.hidden(ids)
+        model.hidden(ids, mask=mask)
     return torch.stack(points)
+
+
+class PositionProbe(NamedTuple):
+    """How well a linear probe reads the position, on rows it was not fitted to.
+
+    r2: the share of the positions' variance it explains (0: no better than their mean; it may be negative);
+    error: mean distance from the true position; predicted: what it says, (held-out rows, seq).
+    """
+
+    r2: float
+    error: float
+    predicted: Float[Tensor, "rows seq"]
+
+
+def position_probe(
+    states: Float[Tensor, "rows seq dim"],
+    positions: Int[Tensor, " seq"],
+    *,
+    held_out: float = 0.25,
+    ridge: float = 1e-3,
+) -> PositionProbe:
+    r"""Predict where a token stands from its vector alone: ridge regression, $\min_w \|Xw - p\|^2 + n\lambda\|w\|^2$.
+
+    Fitted to the first rows and measured on the last `held_out` of them, so that no text is in both. Features are
+    standardised first, so `ridge` ($\lambda$) has no unit. What a *linear* map cannot read may still be there.
+    Raises ValueError where one of the two parts would be empty. float64 inside, cost rows x seq x dim^2.
+    Alain & Bengio 2016, section 3 (arXiv 1610.01644); for positions Haviv et al. 2022, section 4 (arXiv 2203.16634).
+    """
+    rows, seq, dim = states.shape
+    last = round(rows * held_out)
+    if not 0 < last < rows:
+        raise ValueError(f"{rows} rows cannot be split with {held_out} of them held out: both parts need one")
+    x, target = states.double().flatten(0, 1), positions.double().repeat(rows)
+    cut = (rows - last) * seq
+    mean, spread = x[:cut].mean(0), x[:cut].std(0, correction=0)
+    # A feature that never changes tells nothing: 0 in place of 0/0.
+    x = (x - mean) / spread.clamp(min=1e-12)
+    centre = target[:cut].mean()
+    gram = x[:cut].T @ x[:cut] / cut + ridge * torch.eye(dim, dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(gram, x[:cut].T @ (target[:cut] - centre) / cut)
+    predicted = x[cut:] @ weights + centre
+    missed = predicted - target[cut:]
+    r2 = 1 - missed.square().mean() / target[cut:].var(correction=0)
+    return PositionProbe(float(r2), float(missed.abs().mean()), predicted.float().view(last, seq))
 
 
 @torch.inference_mode()
@@ -258,7 +308,11 @@ def parameter_ledger(model: Decoder) -> dict[str, int]:
         elif name.startswith("head."):
             part = "head"
         else:
-            part = "attention" if ".mixer." in name else "feed-forward"
+            part = (
+                "attention"
+                if ".mixer." in name or name.startswith("attention_positions.")
+                else "feed-forward"
+            )
         ledger[part] += parameter.numel()
     return ledger
 

@@ -108,12 +108,15 @@ def fused_attention(
     """
     _check(q, k, v, mask, bias, is_causal)
     if bias is not None:
-        if is_causal:
-            mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
         # A row that may look nowhere would be NaN or a mean over all keys: mask and bias need the safe form.
         if mask is not None:
-            return scaled_dot_product_attention(q, k, v, mask=mask, bias=bias, scale=scale)
+            return scaled_dot_product_attention(
+                q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale
+            )
         mask = bias.to(q.dtype)
+        if is_causal:  # every query sees itself, so no row is empty and the mask may go into the bias
+            mask = mask.where(causal_mask(q.shape[-2], device=q.device), float("-inf"))
+            is_causal = False
     elif is_causal and mask is not None:
         mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
     shared = q.dim() > 2 and k.dim() > 2 and q.shape[-3] > k.shape[-3] and (k.shape[-3] > 1 or q.dim() == 4)
@@ -154,7 +157,8 @@ class MultiHeadAttention(nn.Module):
 
     One module for self-attention and cross-attention (keys and values from `context`), for all heads their own keys
     or groups that share them (`kv_heads`), causal or not, with any `PositionScheme` and optional `qk_norm`
-    (RMSNorm on each head's queries and keys, before rotation, as in Qwen3).
+    (RMSNorm on each head's queries and keys, before rotation, as in Qwen3). `scale` multiplies the logits,
+    $1/\sqrt{d}$ unless given (T5: 1.0); what a scheme adds to them is not scaled.
 
     `mask`, where given, is the whole truth about who may look where (batch, heads or 1, queries, keys); without one a
     causal module lets every query see itself and all keys before it, and a module that is not causal lets it see all.
@@ -177,6 +181,7 @@ class MultiHeadAttention(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         positions: PositionScheme | None = None,
+        scale: float | None = None,
         attend: AttendFunction = fused_attention,
     ) -> None:
         super().__init__()
@@ -197,6 +202,7 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.positions = PositionScheme() if positions is None else positions
+        self.scale = scale
         self.attend = Attend(attend)
 
     def forward(
@@ -247,11 +253,12 @@ class MultiHeadAttention(nn.Module):
             key_positions = positions if cache is None else cache.positions
             if key_positions is None:  # this module is used alone: no model has placed the slots
                 key_positions = torch.arange(keys, device=x.device)[None]
-            bias = self.positions.bias(positions, key_positions)
+            bias = self.positions.bias(q, positions, key_positions)
         is_causal = self.causal and context is None and mask is None and queries > 1
         if is_causal and keys != queries:
             mask, is_causal = causal_mask(queries, keys, device=x.device), False
-        return self.out(merge_heads(self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal)))
+        mixed = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=self.scale)
+        return self.out(merge_heads(mixed))
 
 
 def split_heads(

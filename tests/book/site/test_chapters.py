@@ -83,6 +83,8 @@ def test_builds_on_and_opens_later_name_other_chapters() -> None:
     assert "**Builds on**" not in opener(first, concepts, _notebook())
     id_ = second.concepts[0]
     concepts[id_] = dataclasses.replace(concepts[id_], needs=("self-attention",), previews=("yarn", "dpo"))
+    unwritten = second.concepts[-1]
+    concepts[unwritten] = dataclasses.replace(concepts[unwritten], state="planned")
     text = opener(second, concepts, _notebook())
     needs = text[text.index("**Builds on**") :].partition("\n\n")[0]
     assert "{ref}`Self-attention (scaled dot-product) <self-attention>`" in needs

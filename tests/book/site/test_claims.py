@@ -129,15 +129,15 @@ def test_the_value_is_the_notebooks_own(planted: Callable) -> None:
             r"claim 'ffn-4x': cell \d+ .* says partly of '9.125 .*, the ledger's limits not here; run the chapter",
         ),
         (
-            lambda n: _cell(n, "ffn-4x").update(source='claim("ffn-4x", 1)\nclaim("rope-extrapolates", 1)'),
-            r"claim 'rope-extrapolates' is planned, and cell|claim 'rope-extrapolates' is measured",
+            lambda n: _cell(n, "ffn-4x").update(source='claim("ffn-4x", 1)\nclaim("soup-no-cost", 1)'),
+            r"claim 'soup-no-cost' is planned, and cell|claim 'soup-no-cost' is measured",
         ),
     ],
 )
 def test_a_notebook_that_does_not_fit_is_refused(planted: Callable, fault: Callable, message: str) -> None:
     folder = planted(fault)
-    if "rope" in message:  # the second chapter's claim, measured in the first: there is no such notebook
-        (folder / "02-positional-encoding.ipynb").write_text((folder / f"{SLUG}.ipynb").read_text())
+    if "soup" in message:  # another chapter's claim, measured in the first: there is no such notebook
+        (folder / "21-merging.ipynb").write_text((folder / f"{SLUG}.ipynb").read_text())
     with pytest.raises(ValueError, match=r"^claims\.yml:(\d+): " + f"({message})") as error:
         measurements(folder=folder)
     # the line is that of the row itself

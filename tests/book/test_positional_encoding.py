@@ -1,0 +1,218 @@
+"""The exercises of chapter 2: solutions pass, plausible slips get their own hint, memorised answers fail."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llm_atlas.book import check
+from llm_atlas.book.concepts import chapters
+
+SEEDS = range(8)
+
+
+def pairs(x, positions, base):
+    """Feature i and i + dim/2 as one complex number, turned."""
+    theta = base ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    first, second = x.chunk(2, dim=-1)
+    return torch.complex(first, second) * torch.polar(torch.ones(()), positions[:, None] * theta)
+
+
+def rotate(x, positions, base):
+    turned = pairs(x, positions, base)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def interleaved(x, positions, base):
+    theta = base ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    z = torch.complex(x[:, 0::2], x[:, 1::2]) * torch.polar(torch.ones(()), positions[:, None] * theta)
+    return torch.stack([z.real, z.imag], dim=-1).flatten(1)
+
+
+def embed(ids, tokens, table, start):
+    return torch.nn.functional.embedding(ids, tokens) + table[start : start + ids.shape[1]]
+
+
+def table_of(length, dim):
+    angle = torch.arange(length).double()[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+def shift(n, dim):
+    blocks = []
+    for i in range(dim // 2):
+        a = torch.tensor(n / 10000 ** (2 * i / dim))
+        blocks.append(torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()]).view(2, 2))
+    return torch.block_diag(*blocks)
+
+
+def alibi(heads, tokens):
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
+    at = torch.arange(tokens)
+    bias = -slopes[:, None, None] * (at[:, None] - at)
+    return bias.masked_fill(at > at[:, None], -math.inf)
+
+
+def bucket(distance, buckets, max_distance):
+    e = buckets // 2
+    far = e + (torch.log(distance.clamp(min=1) / e) / math.log(max_distance / e) * (buckets - e)).floor()
+    return torch.where(distance < e, distance, far.long().clamp(max=buckets - 1))
+
+
+def probe(hidden, positions, fresh):
+    one = torch.nn.functional.pad(hidden, (0, 1), value=1.0)
+    return torch.nn.functional.pad(fresh, (0, 1), value=1.0) @ torch.linalg.pinv(one) @ positions
+
+
+SOLUTIONS: dict[str, Callable[..., Any]] = {
+    "rope": rotate,
+    "learned-positions": embed,
+    "sinusoidal": shift,
+    "alibi": alibi,
+    "relative-position": bucket,
+    "nope": probe,
+}
+
+
+def rounded_bucket(distance, buckets, max_distance):
+    e = buckets // 2
+    far = e + (torch.log(distance.clamp(min=1) / e) / math.log(max_distance / e) * (buckets - e)).round()
+    return torch.where(distance < e, distance, far.long().clamp(max=buckets - 1))
+
+
+def without_intercept(hidden, positions, fresh):
+    return fresh @ torch.linalg.lstsq(hidden, positions[:, None]).solution[:, 0]
+
+
+def centred_fresh(hidden, positions, fresh):
+    w = torch.linalg.pinv(hidden - hidden.mean(0)) @ (positions - positions.mean())
+    return (fresh - fresh.mean(0)) @ w + positions.mean()
+
+
+def every_head(bias):
+    return lambda heads, tokens: bias(tokens)[None].expand(heads, -1, -1)
+
+
+WRONG: list[tuple[str, Callable[..., Any], str]] = [
+    ("rope", interleaved, "interleaved layout"),
+    ("rope", lambda x, p, base: rotate(x, -p, base), "wrong way"),
+    ("rope", lambda x, p, base: rotate(x, torch.arange(len(x)), base), "positions are not used"),
+    ("rope", lambda x, p, base: rotate(x, p, base**0.5), "exponent is half"),
+    ("rope", lambda x, p, base: rotate(x, p, 1 / base), "exponent is negative"),
+    ("rope", lambda x, p, base: rotate(x, p, 10000.0), "base is not used"),
+    ("rope", lambda x, p, base: rotate(x, p, 1.0), "same angle"),
+    ("rope", lambda x, p, base: rotate(x, p[:1].expand(len(p)), base), "all tokens are turned alike"),
+    ("rope", lambda x, p, base: x, "nothing is turned"),
+    ("learned-positions", lambda i, t, p, s: t[i], "positions are missing"),
+    ("learned-positions", lambda i, t, p, s: t[i] + p[: i.shape[1]], "start is not used"),
+    ("learned-positions", lambda i, t, p, s: t[i] + p[i], "read by id"),
+    ("learned-positions", lambda i, t, p, s: t[i] + p[s], "place of the first one"),
+    ("learned-positions", lambda i, t, p, s: embed(i, t, p, s + 1), "start at 1"),
+    (
+        "learned-positions",
+        lambda i, t, p, s: t[i] + p[s : s + i.numel()].clone().resize_(*i.shape, p.shape[1]),
+        "run through the batch",
+    ),
+    ("sinusoidal", lambda n, d: shift(n, d).T, "shifts back"),
+    ("sinusoidal", lambda n, d: shift(-n, d), "shifts back"),
+    (
+        "sinusoidal",
+        lambda n, d: shift(n, d)[(o := [*range(0, d, 2), *range(1, d, 2)])][:, o],
+        "two halves",
+    ),
+    ("sinusoidal", lambda n, d: shift(1, d), "n is not used"),
+    ("sinusoidal", lambda n, d: torch.block_diag(*[shift(n, 2)] * (d // 2)), "same angle"),
+    ("sinusoidal", lambda n, d: shift(n, 2 * d)[:d, :d], "exponent is half"),
+    ("alibi", lambda h, t: alibi(h, t).nan_to_num(neginf=0.0), "future is open"),
+    ("alibi", lambda h, t: -alibi(h, t).masked_fill(alibi(h, t) == -math.inf, math.inf), "sign is wrong"),
+    ("alibi", lambda h, t: alibi(h, t).mT, "swapped"),
+    ("alibi", lambda h, t: alibi(h, t) * 2 ** (8 / h), "begin at 1"),
+    ("alibi", lambda h, t: alibi(h, t).flip(0), "in reverse"),
+    ("alibi", lambda h, t: alibi(8, t)[:h] if h < 8 else alibi(h, t), "those of 8 heads"),
+    ("alibi", every_head(lambda t: alibi(1, t)[0] * 256), "slope 1"),
+    ("relative-position", lambda d, b, m: d.clamp(max=b - 1), "clipped distances"),
+    ("relative-position", rounded_bucket, "nearest bin"),
+    (
+        "relative-position",
+        lambda d, b, m: torch.where(d < b // 2, d, bucket(d, b, m) - b // 2),
+        "counted from 0",
+    ),
+    (
+        "relative-position",
+        lambda d, b, m: torch.where(
+            d < b // 2,
+            d,
+            b // 2 + ((2 * d / b).clamp(min=1).log() / math.log(2 * m / b) * (b - b // 2)).long(),
+        ),
+        "pass the last bucket",
+    ),
+    ("nope", without_intercept, "b is missing"),
+    ("nope", lambda h, p, f: probe(h, p, h), "for fresh were asked"),
+    ("nope", lambda h, p, f: p.mean().expand(len(f)), "w is not used"),
+    ("nope", centred_fresh, "centred by its own mean"),
+]
+
+
+def test_every_concept_of_the_chapter_has_an_exercise() -> None:
+    assert list(SOLUTIONS) == list(chapters()[1].concepts)
+    assert {concept for concept, _, _ in WRONG} == set(SOLUTIONS)
+
+
+@pytest.mark.parametrize("concept", SOLUTIONS)
+def test_the_solution_passes_with_a_steady_message(concept: str) -> None:
+    verdicts = [check(concept, SOLUTIONS[concept], seed=seed) for seed in SEEDS]
+    verdicts.append(check(concept, SOLUTIONS[concept]))
+    assert all(verdicts), verdicts
+    assert len({repr(verdict) for verdict in verdicts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("concept", "answer", "hint"), WRONG, ids=[f"{concept}: {hint}" for concept, _, hint in WRONG]
+)
+def test_a_slip_is_named(concept: str, answer: Callable[..., Any], hint: str) -> None:
+    for seed in SEEDS:
+        verdict = check(concept, answer, seed=seed)
+        assert verdict.state == "wrong"
+        assert hint in verdict.message.split("\n")[0], verdict
+    assert check(concept, answer).state == "wrong"
+
+
+@pytest.mark.parametrize("concept", SOLUTIONS)
+def test_a_hard_coded_answer_fails(concept: str) -> None:
+    """Results learnt on one seed, keyed by the inputs' shapes and numbers, do not pass on another."""
+    solution, learnt = SOLUTIONS[concept], {}
+
+    def key(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(tuple(i.shape) if isinstance(i, torch.Tensor) else i for i in inputs)
+
+    def study(*inputs: Any) -> Any:
+        return learnt.setdefault(key(inputs), solution(*inputs))
+
+    def recite(*inputs: Any) -> Any:
+        return learnt.get(key(inputs), next(iter(learnt.values())))
+
+    check(concept, study, seed=1)
+    assert learnt
+    assert check(concept, recite, seed=2).state == "wrong"
+    assert check(concept, recite).state == "wrong"
+
+
+@pytest.mark.parametrize("concept", SOLUTIONS)
+@pytest.mark.parametrize("blank", [..., None, lambda *_: None, lambda *_: ...])
+def test_a_blank_is_unattempted(concept: str, blank: Any) -> None:
+    verdict = check(concept, blank)
+    assert verdict.state == "unattempted"
+    assert verdict.message.startswith("Write ")
+
+
+def test_the_references_hold_what_the_chapter_says_of_them() -> None:
+    """Scores after `rotate` see the distance alone, and `shift` moves every row of the sinusoidal table."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 8, generator=generator).double()
+    at = torch.tensor
+    near, far = (rotate(q, at([m]), 100.0) @ rotate(k, at([n]), 100.0).T for m, n in ((5, 2), (905, 902)))
+    torch.testing.assert_close(near, far, rtol=1e-3, atol=1e-3)
+    table = table_of(60, 12)
+    torch.testing.assert_close(table[:-7] @ shift(7, 12).double().T, table[7:], rtol=1e-5, atol=1e-5)
