@@ -155,7 +155,8 @@ def _widen(x: Tensor) -> Tensor:
 def _centre(x: Tensor) -> Tensor:
     """Minus the mean, twice: the first is rounded, and in a row of equal large numbers that alone would be left."""
     centred = x - x.mean(-1, keepdim=True)
-    return centred - centred.mean(-1, keepdim=True)
+    centred -= centred.mean(-1, keepdim=True)
+    return centred
 
 
 def _sum_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:

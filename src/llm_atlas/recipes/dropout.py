@@ -30,12 +30,12 @@ REGIMES = ("over", "under")
 RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 SEEDS = (0, 1, 2)
 
-STEPS = 600
+STEPS = 800
 BATCH = 8
 LENGTH = 64
 LR = 3e-3
 SLICE = 20_000
-PROBE_EVERY = 60
+PROBE_EVERY = 80
 SETTINGS = {
     "corpus": "king-james, one token a byte",
     "held_out": "the last tenth",
