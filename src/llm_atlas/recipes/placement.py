@@ -31,8 +31,8 @@ from llm_atlas.train.loop import Row, fit
 NAME = "placement"
 PLACEMENTS = ("pre", "post", "sandwich")
 DEPTHS = (2, 6, 12, 24)
-LEARNING_RATES = {2: (1e-3, 3e-3, 1e-2), 6: (1e-3, 3e-3, 1e-2), 12: (1e-3, 3e-3, 1e-2), 24: (1e-3,)}
-"""Of every depth; the deepest is the dearest and has the lowest alone."""
+LEARNING_RATES = {2: (1e-3, 3e-3, 1e-2), 6: (1e-3, 3e-3, 1e-2), 12: (1e-3, 3e-3), 24: (1e-3,)}
+"""Of every depth; deep stacks are dear and have the lower ones alone."""
 WARMUPS = (0, 150)
 SEEDS = (0, 1, 2)
 
