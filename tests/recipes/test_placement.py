@@ -148,6 +148,46 @@ def test_the_start_does_not_depend_on_the_rate(rows):
                 assert all(start == pytest.approx(starts[0], rel=1e-4) for start in starts)
 
 
+def test_what_the_committed_rows_say(rows):
+    """The findings that the chapter tells, so that it cannot tell others."""
+    for where in ("pre", "sandwich"):
+        assert all(row["learned"] for row in pick(rows, placement=where))
+    # Without warm-up these post-norm stacks stay at the frequencies of the bytes; with it they learn, all seeds.
+    for d, lr in ((6, 1e-2), (12, 1e-3)):
+        stuck, warm = (pick(rows, placement="post", depth=d, lr=lr, warmup=w) for w in WARMUPS)
+        assert not any(row["learned"] for row in stuck)
+        assert all(row["learned"] for row in warm)
+    # It stalls; it does not blow up.
+    assert not any(row["diverged"] for row in rows)
+    # Shallow stacks, or a low rate: post-norm learns without warm-up too.
+    for d, lr in ((2, 1e-2), (6, 1e-3), (6, 3e-3)):
+        assert all(row["learned"] for row in pick(rows, placement="post", depth=d, lr=lr))
+
+
+def test_gradients_at_the_start_are_as_xiong_et_al_derive(rows):
+    """Near the output a post-norm gradient stays large in deep stacks, a pre-norm one shrinks; towards the input
+    the first fades and the second does not.
+    """
+
+    def last(where, d):
+        starts = pick(rows, placement=where, depth=d, lr=1e-3, warmup=0)
+        return sum(row["last_ffn_gradient"] for row in starts) / len(starts)
+
+    deepest, shallowest = DEPTHS[-1], DEPTHS[0]
+    assert last("post", deepest) > last("post", shallowest)
+    assert last("pre", deepest) < last("pre", shallowest) / 2
+    assert last("post", deepest) > 3 * last("pre", deepest)
+    for row in pick(rows, placement="post", depth=deepest):
+        assert row["first_gradient"] < row["last_gradient"] / 2
+    for row in pick(rows, placement="pre", depth=deepest):
+        assert row["first_gradient"] > row["last_gradient"]
+    for row in rows:
+        if row["placement"] == "post":
+            assert row["stream"][1:] == pytest.approx([1.0] * row["depth"], abs=0.01)
+        else:
+            assert row["stream"][-1] > row["stream"][0] * 1.2
+
+
 def test_one_point_comes_out_again(rows):
     """The whole of one run. Other CPUs sum in another order; 0.03 nats is ample for two blocks."""
     committed = pick(rows, placement="post", depth=2, lr=3e-3, warmup=150, seed=0)[0]
