@@ -114,6 +114,30 @@ def test_every_point_is_there(rows):
     assert max(row["epochs"] for row in pick(rows, regime="under")) < 0.2
 
 
+def test_what_the_committed_rows_say(rows):
+    """The findings that the chapter tells, so that it cannot tell others."""
+
+    def loss(regime, p, name="held_out_loss"):
+        return mean(pick(rows, regime=regime, p=p), name)
+
+    # Read many times: without dropout the held-out loss turns up, a little dropout is best, much of it costs.
+    for row in pick(rows, regime="over", p=0.0):
+        assert row["best_step"] < STEPS
+        assert row["held_out_loss"] > row["best_held_out_loss"] + 0.05
+    assert min(RATES, key=lambda p: loss("over", p)) in (0.05, 0.1, 0.2)
+    assert loss("over", 0.1) < loss("over", 0.0) - 0.1
+    assert loss("over", 0.5) > loss("over", 0.1) + 0.1
+    gaps = [loss("over", p, "gap") for p in RATES]
+    assert gaps == sorted(gaps, reverse=True)
+    # Stopped at its best step the model without dropout is behind by less.
+    assert loss("over", 0.0, "best_held_out_loss") > loss("over", 0.1, "best_held_out_loss")
+    # Read once: every rate costs, more of it more, in every seed.
+    for seed in SEEDS:
+        once = [pick(rows, regime="under", p=p, seed=seed)[0]["held_out_loss"] for p in RATES]
+        assert once == sorted(once)
+        assert once[-1] > once[0] + 0.2
+
+
 def test_the_start_of_one_point_comes_out_again(rows):
     """As far as the first measurement. Other CPUs sum in another order: 0.03 nats are ample so early."""
     for regime, p in (("over", 0.2), ("under", 0.0)):
