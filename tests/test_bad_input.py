@@ -21,9 +21,17 @@ from llm_atlas.nn.attention import (
 )
 from llm_atlas.nn.block import Block, Residual
 from llm_atlas.nn.cache import KVCache
+from llm_atlas.nn.dropout import Dropout, dropout
 from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward, feed_forward_flops
 from llm_atlas.nn.masks import causal_mask, left_pad, visible
-from llm_atlas.nn.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
+from llm_atlas.nn.norm import (
+    LayerNorm,
+    RMSNorm,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 from llm_atlas.nn.positions import (
     AlibiPositions,
     LearnedPositions,
@@ -119,6 +127,17 @@ CASES = [
     (lambda: LayerNorm(8)(x(2, 7)), ValueError, "weight has shape (8,), but the last axis of x has 7 features"),
     (lambda: RMSNorm(8)(x(2, 7)), ValueError, "weight has shape (8,), but the last axis of x has 7 features"),
     (lambda: RMSNorm(0), ValueError, "dim 0 must be at least 1"),
+    (lambda: layer_norm_backward(x(2, 8), x(3, 8)), ValueError, "grad has shape (2, 8), but x has (3, 8): they must be equal"),
+    (lambda: layer_norm_backward(x(2, 8), x(2, 8), x(7)), ValueError, "weight has shape (7,), but the last axis of x has 8 features"),
+    (lambda: rms_norm_backward(x(8), x(2, 8)), ValueError, "grad has shape (8,), but x has (2, 8): they must be equal"),
+    (lambda: rms_norm_backward(ids(2, 8), ids(2, 8)), TypeError, "x must hold floating-point numbers, got torch.int64"),
+    (lambda: dropout(x(2), 1.0), ValueError, "p 1.0 must be at least 0 and below 1"),
+    (lambda: dropout(x(2), float("nan"), training=False), ValueError, "p nan must be at least 0 and below 1"),
+    (lambda: dropout(ids(2), 0.0), TypeError, "x must hold floating-point numbers, got torch.int64"),
+    (lambda: dropout(x(2, device="meta"), 0.5, generator=torch.Generator()), ValueError, "generator is on cpu, x is on meta: they must be equal"),
+    (lambda: Dropout(-0.1), ValueError, "p -0.1 must be at least 0 and below 1"),
+    (lambda: Residual(torch.nn.Linear(8, 8), lambda: RMSNorm(8), dropout=1.5), ValueError, "p 1.5 must be at least 0 and below 1"),
+    (lambda: config(dropout=1.0), ValueError, "dropout 1.0 must be at least 0 and below 1"),
     (lambda: gelu(x(2), approximate="exact"), ValueError, "approximate 'exact' must be 'none' or 'tanh'"),
     (lambda: find_activation("swish"), ValueError, "activation 'swish' is not one of relu, gelu, gelu_tanh, silu"),
     (lambda: FeedForward(8, 0), ValueError, "dim 8 and hidden 0 must be at least 1"),

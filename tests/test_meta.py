@@ -20,7 +20,7 @@ import llm_atlas.nn
 from llm_atlas.infer import generate, sampling
 from llm_atlas.models import decoder, families
 from llm_atlas.models import inspect as look
-from llm_atlas.nn import activations, attention, block, cache, feedforward, masks, norm, positions
+from llm_atlas.nn import activations, attention, block, cache, dropout, feedforward, masks, norm, positions
 
 
 class OnlyMeta(TorchDispatchMode):
@@ -150,6 +150,14 @@ def blocks() -> None:
     )
 
 
+def dropping() -> None:
+    config = decoder.DecoderConfig(vocab=11, dim=8, layers=1, heads=2, hidden=12, context=16, dropout=0.5)
+    made = model(config)
+    dropout.seed_dropout(made, None)
+    made(at(2, 5)).sum().backward()
+    dropout.dropout(x(3, 5), 0.5)
+
+
 def watched() -> None:
     made = model()
     with (
@@ -226,6 +234,9 @@ RUNS: dict[object, Callable[[], object]] = {
     decoder.Decoder: every_decoder,
     families.rename: loaded,
     families.load_weights: loaded,
+    dropout.dropout: dropping,
+    dropout.Dropout: dropping,
+    dropout.seed_dropout: dropping,
     families.build: loaded,
     families.gguf_weights: loaded,
     families.gpt2_weights: lambda: families.gpt2_weights({"h.0.attn.c_attn.weight": x(8, 24)}, CONFIG),
@@ -251,6 +262,8 @@ RUNS: dict[object, Callable[[], object]] = {
     masks.padding_mask: lambda: masks.padding_mask(at(2, 5)),
     norm.layer_norm: lambda: norm.layer_norm(x(3, 8), x(8), x(8)),
     norm.rms_norm: lambda: norm.rms_norm(x(3, 8), x(8)),
+    norm.layer_norm_backward: lambda: norm.layer_norm_backward(x(3, 8), x(3, 8), x(8)),
+    norm.rms_norm_backward: lambda: norm.rms_norm_backward(x(3, 8), x(3, 8), x(8)),
     norm.LayerNorm: lambda: on_meta(lambda: norm.LayerNorm(8))(x(3, 8)),
     norm.RMSNorm: lambda: on_meta(lambda: norm.RMSNorm(8))(x(3, 8)),
     positions.PositionScheme: schemes,

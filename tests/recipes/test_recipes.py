@@ -143,7 +143,7 @@ def test_the_environment_names_the_hardware(monkeypatch):
     assert environment("number-words")["hardware"] == "2-core x86-64 CPU, one thread"
 
 
-@pytest.mark.parametrize("name", ["learning-rates", "depth"])
+@pytest.mark.parametrize("name", ["learning-rates", "depth", "placement", "dropout"])
 def test_committed_results_hold_what_they_should(name):
     document = load_results(name)
     assert tuple(document) == FIELDS

@@ -12,6 +12,7 @@ from torch.nn import functional
 from llm_atlas.nn.attention import MultiHeadAttention
 from llm_atlas.nn.block import Block, Placement
 from llm_atlas.nn.cache import KVCache
+from llm_atlas.nn.dropout import Dropout
 from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
 from llm_atlas.nn.masks import visible
 from llm_atlas.nn.norm import LayerNorm, RMSNorm
@@ -38,6 +39,8 @@ class DecoderConfig:
     attention, one scheme for all layers but `nope_layers` (numbers of layers, from 0), which see no positions, as
     in SmolLM3. Rotary alone: `rope_base`, `rotary_layout`, `rotary_dim` (the first features of a head that turn).
     T5 alone: `relative_buckets`. T5 and Shaw: `relative_distance`, beyond which distances are one (128 and 16).
+    `dropout` is the rate in training, on the embeddings and on what each sublayer adds to the stream (Vaswani et al.
+    2017, section 5.4, arXiv 1706.03762). Attention weights are never dropped.
     """
 
     vocab: int
@@ -65,6 +68,7 @@ class DecoderConfig:
     feedforward_bias: bool = False
     qk_norm: bool = False
     tied: bool = True
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("vocab", "dim", "layers", "heads", "hidden", "context"):
@@ -73,6 +77,8 @@ class DecoderConfig:
         for name in ("norm_eps", "rope_base"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1")
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must divide into {self.heads} heads")
         for name, kinds in (("norm", Norm), ("positions", Positions), ("placement", Placement)):
@@ -109,6 +115,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.positions = embedded_positions(config)
         scheme = self.attention_positions = attention_positions(config)  # one table, shared by all layers
+        self.dropout = Dropout(config.dropout) if config.dropout else None
         norm = partial({"layer": LayerNorm, "rms": RMSNorm}[config.norm], config.dim, eps=config.norm_eps)
         self.blocks = nn.ModuleList(
             self._block(norm, PositionScheme() if layer in config.nope_layers else scheme)
@@ -133,7 +140,7 @@ class Decoder(nn.Module):
         )
         make = GatedFeedForward if c.gated else FeedForward
         feedforward = make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
-        return Block(mixer, feedforward, norm, placement=c.placement)
+        return Block(mixer, feedforward, norm, placement=c.placement, dropout=c.dropout)
 
     def hidden(
         self,
@@ -178,6 +185,8 @@ class Decoder(nn.Module):
         if mask is None and not plain:
             mask = visible(positions, positions if cache is None else cache.positions)
         x = self.positions.embed(x, positions)
+        if self.dropout is not None:
+            x = self.dropout(x)
         with self.attention_positions.reused(positions, x.dtype):
             for index, block in enumerate(self.blocks):
                 x = block(x, positions=positions, mask=mask, cache=None if cache is None else cache[index])
