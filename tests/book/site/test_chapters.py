@@ -128,7 +128,9 @@ def test_each_claim_of_a_cell_has_its_target(tmp_path: Path) -> None:
     path = tmp_path / "01-x.ipynb"
     path.write_text(
         json.dumps(
-            _notebook(("code", "x = 1"), ("code", 'claim("a", 1)\nclaim("b", 2)'), ("code", 'claim("c", 3)'))
+            _notebook(
+                ("code", "x = 1"), ("code", 'claim("a", 1)\nclaim("b", 2)'), ("code", 'claim("c-0.1", 3)')
+            )
         )
     )
     document = new_document("x")
@@ -137,11 +139,12 @@ def test_each_claim_of_a_cell_has_its_target(tmp_path: Path) -> None:
     document.settings.env = SimpleNamespace(docname="x", doc2path=lambda name: str(path))
     ClaimTargets(document).apply()
     cells = [node for node in document.children if isinstance(node, nodes.container)]
-    assert [cell["ids"] for cell in cells] == [[], ["claim-a", "claim-b"], ["claim-c"]]
+    assert [cell["ids"] for cell in cells] == [[], ["claim-a", "claim-b"], ["claim-c-0.1"]]
     # and below each, the way to the claims' rows
     below = [node.astext() for node in document.children if isinstance(node, nodes.raw)]
-    assert [re.findall(r"claims\.html#ledger-(\w)", line) for line in below] == [["a", "b"], ["c"]]
+    # docutils gives the row an id without a dot
+    assert [re.findall(r"claims\.html#ledger-([^\"]+)", line) for line in below] == [["a", "b"], ["c-0-1"]]
     assert [document.children.index(cell) for cell in cells] == [0, 1, 3]
-    for name, cell in (("claim-a", 1), ("claim-b", 1), ("claim-c", 2)):
+    for name, cell in (("claim-a", 1), ("claim-b", 1), ("claim-c-0.1", 2)):
         assert document.ids[document.nameids[name]] is cells[cell]
         assert document.nametypes[name]

@@ -160,7 +160,9 @@ class ClaimTargets(SphinxTransform):
                 continue
             here = [claim_id for claim_id, index in cells.items() if index == cell["cell_index"]]
             if here:
-                links = ", ".join(f'<a href="claims.html#ledger-{id_}">{id_}</a>' for id_ in here)
+                links = ", ".join(
+                    f'<a href="claims.html#{nodes.make_id(f"ledger-{id_}")}">{id_}</a>' for id_ in here
+                )
                 line = f'<p class="atlas-ledger">In the ledger: {links}</p>'
                 cell.parent.insert(cell.parent.index(cell) + 1, nodes.raw("", line, format="html"))
             for claim_id in here:
