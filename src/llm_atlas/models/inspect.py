@@ -245,7 +245,7 @@ def unit_statistics(
 ) -> UnitStatistics:
     r"""How often each feed-forward unit is active, which are dead, and how the activations are spread.
 
-    A unit $i$ is active on a token where $|f(z_i)| > $ `threshold`. With ReLU and 0 that is $z_i > 0$; a unit
+    A unit $i$ is active on a token where $|f(z_i)|$ is above `threshold`. With ReLU and 0 that is $z_i > 0$; a unit
     active on no token gets no gradient from this text and is called dead. SiLU and GELU are hardly ever exactly
     zero: there `threshold` says what counts as off. Quantiles are of all tokens and units of a layer, the
     value at the nearest rank. In float32. `rows` and memory as in `pre_activations`.

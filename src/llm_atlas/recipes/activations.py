@@ -76,7 +76,7 @@ SEEDS = (0, 1, 2, 3, 4)
 """Every kind at its best rate with these (the wide ones with the first three): the same data for all, so that
 differences can be taken seed by seed."""
 HIGH_RATES = (3e-2, 1e-1, 3e-1)
-"""ReLU with the first three seeds at rates where its units die; beside it GELU, whose units cannot, once at 0.1."""
+"""ReLU with the first three seeds at rates where its units die; beside it GELU once, at 0.1."""
 
 SETTINGS = {
     "corpus": "king-james, one token a byte",
