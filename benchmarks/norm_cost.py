@@ -1,4 +1,4 @@
-"""What RMSNorm saves over LayerNorm: the norm alone, readable and fused, and inside a whole model.
+"""What RMSNorm saves over LayerNorm: the norm alone, written out and from torch, and inside a whole model.
 
 python benchmarks/norm_cost.py --rounds 15
 python benchmarks/norm_cost.py --device cuda --out assets/results/norm-cost-cuda.json
@@ -8,15 +8,17 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from _common import RESULTS, environment, ratio, take_turns, write
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
-from llm_atlas.core.device import pick_device
+from llm_atlas.core.device import pick_device, synchronize
 from llm_atlas.core.seeds import generator
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.nn.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
@@ -28,7 +30,7 @@ FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "layer": lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5),
         "rms": lambda x, weight, bias: rms_norm(x, weight, 1e-5),
     },
-    "fused": {
+    "library": {
         "layer": lambda x, weight, bias: functional.layer_norm(x, weight.shape, weight, bias, 1e-5),
         "rms": lambda x, weight, bias: functional.rms_norm(x, weight.shape, weight, 1e-5),
     },
@@ -36,6 +38,11 @@ FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
 SMOLLM2 = {
     "vocab": 49152, "dim": 576, "layers": 30, "heads": 9, "kv_heads": 3, "hidden": 1536, "context": 2048,
 }  # fmt: skip
+BOOKKEEPING = {
+    "empty", "empty_like", "empty_strided", "view", "reshape", "to", "_to_copy", "copy_", "fill_", "type_as",
+    "as_strided", "result_type", "clone", "contiguous", "resolve_conj", "resolve_neg",
+}  # fmt: skip
+"""What moves, makes or describes a tensor, and computes nothing."""
 
 
 def main(
@@ -70,7 +77,9 @@ def main(
         note=(
             "ratio: LayerNorm's time over RMSNorm's, the median of each round's own, above 1 where RMSNorm is faster;"
             " saved: the percent of LayerNorm's time that RMSNorm saves, from the same median; share: the time of"
-            " the model's 61 norms, called one after the other, as a percent of its forward pass, median over rounds"
+            " the model's norms, called one after the other, as a percent of its forward pass, median over rounds;"
+            " norms saved: the percent of the forward pass with LayerNorm that its norms alone save when they are"
+            " RMSNorms, likewise; kernels: how many separate computations one forward call of the norm makes"
         ),
     )
 
@@ -99,7 +108,11 @@ def alone(
     leaves = {"layer": [x, scale, shift], "rms": [x, scale]}
     runs = {name: partial(run, norm, leaves[name]) for name, norm in FORMS[form].items()}
     times = take_turns(runs, rounds=rounds, device=where)
-    return row(
+    counts = {
+        f"{name} kernels": kernels(partial(norm, x, scale, shift), where)
+        for name, norm in FORMS[form].items()
+    }
+    measured = row(
         times,
         repeats,
         what="norm",
@@ -109,10 +122,11 @@ def alone(
         features=shape[1],
         backward=backward,
     )
+    return measured | counts
 
 
 def whole(tokens: int, dtype: torch.dtype, where: torch.device, *, rounds: int) -> dict[str, object]:
-    """One row: a decoder of SmolLM2's shape with either norm reads `tokens` tokens; and its 61 norms by themselves."""
+    """One row: a decoder of SmolLM2's shape with either norm reads `tokens` tokens; and its norms by themselves."""
     ids = torch.randint(SMOLLM2["vocab"], (1, tokens), generator=generator(0)).to(where)
     x = torch.randn(1, tokens, SMOLLM2["dim"], generator=generator(0)).to(where, dtype)
 
@@ -128,16 +142,56 @@ def whole(tokens: int, dtype: torch.dtype, where: torch.device, *, rounds: int) 
     runs = {}
     for name in ("layer", "rms"):
         model = make_model(name, dtype, where)
-        norms = [module for module in model.modules() if isinstance(module, LayerNorm | RMSNorm)]
-        runs |= {name: partial(read, model), f"{name} norms": partial(norm_all, norms)}
+        runs |= {name: partial(read, model), f"{name} norms": partial(norm_all, norms_of(model))}
     times = take_turns(runs, rounds=rounds, device=where)
-    shares = {
-        f"{name} share": 100
-        * statistics.median(n / all_ for n, all_ in zip(times[f"{name} norms"], times[name], strict=True))
-        for name in ("layer", "rms")
-    }
-    sizes = {"tokens": tokens, "features": SMOLLM2["dim"]}
-    return row(times, 1, what="model", form="fused", dtype=dtype, backward=False, **sizes) | shares
+    shares = {f"{name} share": percent(times[f"{name} norms"], times[name]) for name in ("layer", "rms")}
+    fewer = [layer - rms for layer, rms in zip(times["layer norms"], times["rms norms"], strict=True)]
+    shares["norms saved"] = percent(fewer, times["layer"])
+    measured = row(
+        times,
+        1,
+        what="model",
+        form="library",
+        dtype=dtype,
+        tokens=tokens,
+        features=SMOLLM2["dim"],
+        backward=False,
+    )
+    return measured | shares
+
+
+def percent(parts: list[float], wholes: list[float]) -> float:
+    """Median over rounds of a part's share of the whole."""
+    return 100 * statistics.median(part / whole for part, whole in zip(parts, wholes, strict=True))
+
+
+def kernels(call: Callable[[], Tensor], where: torch.device) -> int:
+    """How many separate computations a call makes without gradients: launches on a CUDA device, operators elsewhere."""
+    cuda = where.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.no_grad():
+        call()  # what is set up once must not count
+        with profile(activities=activities, acc_events=True) as seen:
+            call()
+            synchronize(where)
+    events = seen.events()
+    if cuda:
+        launched = [event.name for event in events if event.device_type == DeviceType.CUDA]
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in launched)
+    return sum(_computes(event) for event in events if event.cpu_parent is None)
+
+
+def _computes(event: Any) -> int:
+    """Operators at or below a profiled one that compute, and call no other that does."""
+    library, _, name = event.name.partition("::")
+    if library != "aten" or name in BOOKKEEPING:
+        return 0
+    return sum(_computes(child) for child in event.cpu_children) or 1
+
+
+def norms_of(model: Decoder) -> list[nn.Module]:
+    """Every norm of a model: two a block and the last."""
+    return [module for module in model.modules() if isinstance(module, LayerNorm | RMSNorm)]
 
 
 def make_model(norm: str, dtype: torch.dtype, where: torch.device) -> Decoder:
@@ -160,6 +214,9 @@ def row(times: dict[str, list[float]], repeats: int, **what: object) -> dict[str
         "saved": 100 * (1 - 1 / each["ratio"]),
         "layer share": None,
         "rms share": None,
+        "norms saved": None,
+        "layer kernels": None,
+        "rms kernels": None,
     }
 
 
