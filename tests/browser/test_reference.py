@@ -61,8 +61,8 @@ def test_claims_are_filtered_by_verdict_chapter_and_words(opened) -> None:
         assert page.locator(SHOWN).count() == outcomes.count(outcome) > 0
         assert set(page.locator(f"{SHOWN} .atlas-verdict").all_inner_texts()) == {outcome}
         assert status.inner_text() == f"{outcomes.count(outcome)} of {len(outcomes)} claims shown"
-    page.get_by_label("Verdict").select_option("held")
-    page.get_by_label("Chapter").select_option("2")
+    page.get_by_label("Verdict").select_option("planned")
+    page.get_by_label("Chapter").select_option("1")
     assert page.locator(SHOWN).count() == 0
     assert "No claim fits" in status.inner_text()
     page.get_by_role("button", name="Show all").click()

@@ -139,7 +139,7 @@ def test_each_claim_of_a_cell_has_its_target(tmp_path: Path) -> None:
     document.settings.env = SimpleNamespace(docname="x", doc2path=lambda name: str(path))
     ClaimTargets(document).apply()
     cells = [node for node in document.children if isinstance(node, nodes.container)]
-    assert [cell["ids"] for cell in cells] == [[], ["claim-a", "claim-b"], ["claim-c-0.1"]]
+    assert [cell["ids"] for cell in cells] == [[], ["claim-a", "claim-b"], ["claim-c-0-1"]]
     # and below each, the way to the claims' rows
     below = [node.astext() for node in document.children if isinstance(node, nodes.raw)]
     # docutils gives the row an id without a dot

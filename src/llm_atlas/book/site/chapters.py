@@ -167,11 +167,12 @@ class ClaimTargets(SphinxTransform):
                 cell.parent.insert(cell.parent.index(cell) + 1, nodes.raw("", line, format="html"))
             for claim_id in here:
                 name = f"claim-{claim_id}"
+                anchor = nodes.make_id(name)  # without the dots that an id may hold and a selector may not
                 # not note_explicit_target: it gives a node one id, and a cell may hold several claims
-                cell["ids"].append(name)
+                cell["ids"].append(anchor)
                 cell["names"].append(name)
-                self.document.ids[name] = cell
-                self.document.nameids[name] = name
+                self.document.ids[anchor] = cell
+                self.document.nameids[name] = anchor
                 self.document.nametypes[name] = True
 
 
