@@ -100,6 +100,41 @@ def no_sum(x, weights, placement):
     return x
 
 
+def skip_normalised(x, weights, placement):
+    if placement == "post":
+        return stack(x, weights, placement)
+    for w in weights:
+        branch = torch.tanh(w @ norm(x))
+        x = norm(x) + (branch if placement == "pre" else norm(branch))
+    return x
+
+
+def branch_normalised(x, weights, placement):
+    if placement != "post":
+        return stack(x, weights, placement)
+    for w in weights:
+        x = x + norm(torch.tanh(w @ x))
+    return x
+
+
+def layer_normed(x, weights, placement):
+    def n(x):
+        return F.layer_norm(x, x.shape, eps=0.0)
+
+    for w in weights:
+        branch = torch.tanh(w @ (x if placement == "post" else n(x)))
+        branch = n(branch) if placement == "sandwich" else branch
+        x = n(x + branch) if placement == "post" else x + branch
+    return x
+
+
+def by_hand(grad, x, gamma, eps, *, axis=-1, keep=True, correction=0, second=torch.mean, hat=None):
+    centred = x - x.mean(axis, keep)
+    inverse = (centred.var(axis, correction=correction, keepdim=keep) + eps).rsqrt()
+    normed, g = {None: centred * inverse, "x": x, "centred": centred}[hat], grad * gamma
+    return inverse * (g - g.mean(axis, keep) - normed * second(g * normed, axis, keep))
+
+
 def without_tanh(x, weights, placement):
     for w in weights:
         x = x + w @ norm(x)
@@ -110,6 +145,9 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("rmsnorm", lambda x, g, eps: F.layer_norm(x, x.shape[-1:], g, None, eps), "this is LayerNorm"),
     ("rmsnorm", lambda x, g, eps: x / (x.var(-1, False, keepdim=True) + eps).sqrt() * g, "spread around"),
     ("rmsnorm", lambda x, g, eps: x / (x.square().sum(-1, True) + eps).sqrt() * g, "not averaged"),
+    ("rmsnorm", lambda x, g, eps: x / x.norm(dim=-1, keepdim=True) * g, "vector's length"),
+    ("rmsnorm", lambda x, g, eps: x / (x.square().mean(-1) + eps).sqrt() * g, "keepdim=True is missing"),
+    ("rmsnorm", lambda x, g, eps: x / (x.square().mean() + eps).sqrt() * g, "over all tokens"),
     ("rmsnorm", lambda x, g, eps: x / (x.square().mean(-1, True).sqrt() + eps) * g, "outside the root"),
     ("rmsnorm", lambda x, g, eps: F.rms_norm(x, x.shape[-1:], g, 0.0), "eps is not used"),
     ("rmsnorm", lambda x, g, eps: x / (x.square().mean(-1, True) + eps) * g, "not by its root"),
@@ -133,6 +171,20 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
         "deviation is missing",
     ),
     ("layernorm", lambda grad, x, g, eps: backward(grad, x, g, 0.0), "eps is not used"),
+    ("layernorm", lambda *a: by_hand(*a, keep=False), "keepdim=True is missing"),
+    ("layernorm", lambda *a: by_hand(*a, axis=(0, 1)), "run over all tokens"),
+    ("layernorm", lambda *a: by_hand(*a, correction=1), "divides by n - 1"),
+    ("layernorm", lambda *a: by_hand(*a, second=torch.sum), "second projection adds up"),
+    ("layernorm", lambda *a: by_hand(*a, hat="x"), "x stands where"),
+    ("layernorm", lambda *a: by_hand(*a, hat="centred"), "x - mean stands where"),
+    ("pre-post-ln", skip_normalised, "the skip path was normalised too"),
+    ("pre-post-ln", branch_normalised, "only the branch was normalised"),
+    ("pre-post-ln", layer_normed, "the mean was taken off"),
+    ("pre-post-ln", lambda x, w, placement: stack(x, w[:1], placement), "only the first layer"),
+    ("pre-post-ln", lambda x, w, placement: stack(x, w[-1:], placement), "only the last layer"),
+    ("dropout", lambda x, u, p, training: x * (u < p) / p if training and p else x, "rate of keeping"),
+    ("dropout", lambda x, u, p, training: F.dropout(x, p, training), "use u, draw nothing"),
+    ("dropout", lambda x, u, p, training: dropout(x, u, p, training) if p else x + 7, "is off"),
     ("pre-post-ln", always("pre"), "this is pre-norm"),
     ("pre-post-ln", always("post"), "this is post-norm"),
     ("pre-post-ln", always("sandwich"), "this is the sandwich"),

@@ -132,6 +132,17 @@ def test_block_with_cross_attention_is_torch_transformer_decoder_layer():
     assert_close(ours(x, context=context, context_mask=seen[:, None, None]), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_cross_attention_is_placed_as_the_others(placement):
+    parts = MultiHeadAttention(8, 2), FeedForward(8), lambda: LayerNorm(8)
+    block = Block(*parts, cross=MultiHeadAttention(8, 2), placement=placement)
+    x, context = randn(2, 5, 8), randn(2, 6, 8, seed=1)
+    assert {part.placement for part in (block.mixer, block.cross, block.feedforward)} == {placement}
+    expected = block.feedforward(block.cross(block.mixer(x), context=context))
+    assert_close(block(x, context=context), expected)
+    assert isinstance(block.cross.norm_after, nn.Identity) == (placement != "sandwich")
+
+
 def copy_attention(ours: MultiHeadAttention, theirs: nn.MultiheadAttention) -> None:
     nn.init.normal_(theirs.in_proj_bias, generator=norm.generator)
     for part, weight, bias in zip(

@@ -73,6 +73,57 @@ def test_float16_does_not_overflow_in_the_sum_of_squares(function):
 
 
 @pytest.mark.parametrize("function", [layer_norm, rms_norm])
+def test_bfloat16_is_the_float32_result_rounded_once(function):
+    """The gain too is applied before the rounding."""
+    x, weight = 3 * randn(64, 16).bfloat16(), randn(16, seed=1).bfloat16()
+    assert torch.equal(function(x, weight), function(x.float(), weight.float()).bfloat16())
+
+
+def test_the_defaults_of_eps():
+    x = 1e-3 * randn(4, 16)
+    assert LayerNorm(16).eps == 1e-5
+    assert RMSNorm(16).eps == 1e-6
+    for function, backward, eps in (
+        (layer_norm, layer_norm_backward, 1e-5),
+        (rms_norm, rms_norm_backward, 1e-6),
+    ):
+        assert torch.equal(function(x), function(x, eps=eps))
+        assert torch.equal(backward(x, x)[0], backward(x, x, eps=eps)[0])
+
+
+@pytest.mark.parametrize("eps", [-1.0, float("nan")])
+def test_eps_must_not_be_negative(eps):
+    x = randn(3, 16)
+    for call in (
+        lambda: layer_norm(x, eps=eps),
+        lambda: rms_norm(x, eps=eps),
+        lambda: layer_norm_backward(x, x, eps=eps),
+        lambda: rms_norm_backward(x, x, eps=eps),
+        lambda: LayerNorm(16, eps=eps),
+        lambda: RMSNorm(16, eps=eps),
+    ):
+        with pytest.raises(ValueError, match="must be at least 0"):
+            call()
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("module", [LayerNorm, RMSNorm])
+def test_whole_numbers_are_refused_in_words(module):
+    function = layer_norm if module is LayerNorm else rms_norm
+    for call in (
+        lambda: module(4)(torch.ones(2, 4, dtype=torch.int64)),
+        lambda: function(torch.ones(2, 4), torch.ones(4, dtype=torch.int64)),
+    ):
+        with pytest.raises(TypeError, match="must hold floating-point numbers"):
+            call()
+
+
+def test_tokens_without_features_have_no_gradient_to_sum():
+    dx, dweight, dbias = layer_norm_backward(torch.zeros(2, 0), torch.zeros(2, 0))
+    assert (dx.shape, dweight.shape, dbias.shape) == ((2, 0), (0,), (0,))
+
+
+@pytest.mark.parametrize("function", [layer_norm, rms_norm])
 def test_gradcheck(function):
     count = 3 if function is layer_norm else 2
     tensors = [
@@ -145,9 +196,13 @@ def test_backward_in_bfloat16_is_the_float32_one_rounded_once(function, backward
         assert_close(got, wanted, atol=3e-2, rtol=2e-2)
 
 
-def test_gradients_have_the_dtypes_of_what_they_are_of():
-    got = layer_norm_backward(randn(3, 16).bfloat16(), randn(3, 16).bfloat16(), torch.ones(16))
-    assert [t.dtype for t in got] == [torch.bfloat16, torch.float32, torch.float32]
+@pytest.mark.parametrize(("function", "backward", "fused"), BACKWARDS)
+def test_gradients_have_the_dtypes_of_what_they_are_of(function, backward, fused):
+    grad, x = randn(3, 16).bfloat16(), randn(3, 16).bfloat16()
+    dx, *rest = backward(grad, x, torch.ones(16))
+    assert [t.dtype for t in (dx, *rest)] == [torch.bfloat16, *[torch.float32] * len(rest)]
+    for got, wanted in zip(rest, backward(grad.float(), x.float(), torch.ones(16))[1:], strict=True):
+        assert torch.equal(got, wanted)  # not by way of bfloat16
 
 
 @pytest.mark.parametrize(("function", "backward", "fused"), BACKWARDS)

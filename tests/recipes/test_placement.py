@@ -83,6 +83,9 @@ def test_the_stream_is_measured_between_the_blocks(windows):
 def test_the_rate_rises_in_equal_steps():
     assert [rate(step, 0.3, 3) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
     assert rate(0, 0.3, 0) == 0.3
+    for step, warmup in ((0, -5), (-1, 5)):
+        with pytest.raises(ValueError, match="must be at least 0"):
+            rate(step, 0.3, warmup)
 
 
 def test_warm_up_reaches_the_optimizer(windows):
@@ -162,6 +165,12 @@ def test_what_the_committed_rows_say(rows):
     # Shallow stacks, or a low rate: post-norm learns without warm-up too.
     for d, lr in ((2, 1e-2), (6, 1e-3), (6, 3e-3)):
         assert all(row["learned"] for row in pick(rows, placement="post", depth=d, lr=lr))
+    # The lowest rate trains even twelve blocks, and there 150 steps of warm-up are 150 steps lost.
+    cold, warm = (pick(rows, placement="post", depth=12, lr=3e-4, warmup=w) for w in WARMUPS)
+    assert all(row["learned"] for row in cold)
+    assert all(a["held_out_loss"] < b["held_out_loss"] for a, b in zip(cold, warm, strict=True))
+    # At the highest one warm-up does not save twelve blocks within these steps.
+    assert not any(row["learned"] for row in pick(rows, placement="post", depth=12, lr=3e-3))
 
 
 def test_gradients_at_the_start_are_as_xiong_et_al_derive(rows):

@@ -17,6 +17,7 @@ def layer_norm(
     returns the dtype of `x`. A token whose features are all equal has no variance and gives `bias`.
     Cost: three passes over `x`. Ba et al. 2016, equation 4 (arXiv 1607.06450).
     """
+    _check_eps(eps)
     _check_scale(x, weight, "weight")
     _check_scale(x, bias, "bias")
     centred = _centre(_widen(x))
@@ -33,8 +34,10 @@ def rms_norm(
 ) -> Float[Tensor, "*batch dim"]:
     r"""$\gamma\,x/\sqrt{\operatorname{mean}(x^2)+\epsilon}$ over the last axis: LayerNorm without centring and shift.
 
-    Reduces in float32, returns the dtype of `x`. Zhang and Sennrich 2019, equation 4 (arXiv 1910.07467).
+    Reduces in float32, returns the dtype of `x`. Squares must fit float32: features beyond about 1e19 give zeros.
+    Zhang and Sennrich 2019, equation 4 (arXiv 1910.07467).
     """
+    _check_eps(eps)
     _check_scale(x, weight, "weight")
     wide = _widen(x)
     out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -64,6 +67,7 @@ def layer_norm_backward(
     `x`, the other two that of `weight` (of `x` without one). A token without variance gets a finite gradient, its part
     off $(1, \dots, 1)$ over $\sqrt\epsilon$. Derived from Ba et al. 2016, equation 4 (arXiv 1607.06450).
     """
+    _check_eps(eps)
     _check_scale(x, weight, "weight")
     _check_grad(grad, x)
     wide_grad, centred = _widen(grad), _centre(_widen(x))
@@ -96,6 +100,7 @@ def rms_norm_backward(
 
     Arguments and dtypes as in `layer_norm_backward`. Zhang and Sennrich 2019, section 4.2 (arXiv 1910.07467).
     """
+    _check_eps(eps)
     _check_scale(x, weight, "weight")
     _check_grad(grad, x)
     wide_grad, wide = _widen(grad), _widen(x)
@@ -116,12 +121,14 @@ class LayerNorm(nn.Module):
     def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
         _check_dim(dim)
+        _check_eps(eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Shape (..., dim) to the same shape."""
+        _check_floating(x, "x")
         _check_scale(x, self.weight, "weight")
         # The fused kernel of torch: `layer_norm` above is its readable twin and is tested equal to it.
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
@@ -137,18 +144,19 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         _check_dim(dim)
+        _check_eps(eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Shape (..., dim) to the same shape."""
+        _check_floating(x, "x")
         _check_scale(x, self.weight, "weight")
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def _widen(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
+    _check_floating(x, "x")
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -160,7 +168,7 @@ def _centre(x: Tensor) -> Tensor:
 
 
 def _sum_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).sum(0).to(dtype)
+    return x.sum(tuple(range(x.dim() - 1))).to(dtype) if x.dim() > 1 else x.to(dtype)
 
 
 def _check_grad(grad: Tensor, x: Tensor) -> None:
@@ -170,12 +178,24 @@ def _check_grad(grad: Tensor, x: Tensor) -> None:
         )
 
 
+def _check_floating(x: Tensor, name: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}")
+
+
+def _check_eps(eps: float) -> None:
+    if not eps >= 0:  # false for NaN as well
+        raise ValueError(f"eps {eps} must be at least 0")
+
+
 def _check_dim(dim: int) -> None:
     if dim < 1:
         raise ValueError(f"dim {dim} must be at least 1")
 
 
 def _check_scale(x: Tensor, scale: Tensor | None, name: str) -> None:
+    if scale is not None:
+        _check_floating(scale, name)
     if scale is not None and scale.shape != x.shape[-1:]:
         raise ValueError(
             f"{name} has shape {tuple(scale.shape)}, but the last axis of x has {x.shape[-1]} features"

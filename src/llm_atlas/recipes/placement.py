@@ -31,8 +31,8 @@ from llm_atlas.train.loop import Row, fit
 NAME = "placement"
 PLACEMENTS = ("pre", "post", "sandwich")
 DEPTHS = (2, 6, 12)
-LEARNING_RATES = {2: (1e-3, 3e-3, 1e-2), 6: (1e-3, 3e-3, 1e-2), 12: (1e-3, 3e-3)}
-"""Of every depth; the deepest stacks cost most and have the two lower ones."""
+LEARNING_RATES = {2: (1e-3, 3e-3, 1e-2), 6: (1e-3, 3e-3, 1e-2), 12: (3e-4, 1e-3, 3e-3)}
+"""Of every depth; the deepest stacks have a lower one in place of the highest."""
 WARMUPS = (0, 150)
 SEEDS = (0, 1, 2)
 
@@ -104,6 +104,8 @@ def stream(model: Decoder, windows: Int[Tensor, "batch length"]) -> list[float]:
 
 def rate(step: int, lr: float, warmup: int) -> float:
     r"""The learning rate of a step (from 0): $\text{lr} \cdot \min(1, (\text{step}+1)/\text{warmup})$."""
+    if step < 0 or warmup < 0:
+        raise ValueError(f"step {step} and warmup {warmup} must be at least 0")
     return lr if warmup == 0 else lr * min(1.0, (step + 1) / warmup)
 
 

@@ -3,6 +3,9 @@
 Every reference is written here in plain torch; nothing is imported from the layers that the chapter teaches.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,11 @@ from llm_atlas.book.checks import Trial, checker
 
 def _rms_norm(x: Tensor, gamma: Tensor, eps: float, *, axis: int = -1) -> Tensor:
     return x / (x.square().mean(axis, keepdim=True) + eps).sqrt() * gamma
+
+
+def _flat_statistic(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    """Without keepdim: with as many tokens as features it runs, and divides the features by the tokens' sizes."""
+    return x / (x.square().mean(-1) + eps).sqrt() * gamma
 
 
 @checker(
@@ -53,6 +61,10 @@ def grade_rmsnorm(trial: Trial) -> None:
                         lambda a=args: a[0] / (a[0].square().sum(-1, keepdim=True) + a[2]).sqrt() * a[1],
                     ),
                     (
+                        "it divides by the vector's length: that is the root of the sum, not of the mean",
+                        lambda a=args: a[0] / a[0].norm(dim=-1, keepdim=True) * a[1],
+                    ),
+                    (
                         "eps is added outside the root; it belongs under it, beside the mean of the squares",
                         lambda a=args, r=rms: a[0] / (r + a[2]) * a[1],
                     ),
@@ -64,6 +76,20 @@ def grade_rmsnorm(trial: Trial) -> None:
                     (
                         "the statistics run over the tokens; each token is normalised over its own features",
                         lambda a=args: _rms_norm(*a, axis=0),
+                    ),
+                    (
+                        "one mean was taken over all tokens; each token has its own",
+                        lambda a=args: a[0] / (a[0].square().mean() + a[2]).sqrt() * a[1],
+                    ),
+                    *(
+                        [
+                            (
+                                "keepdim=True is missing: sizes of tokens were lined up with the features",
+                                lambda a=args: _flat_statistic(*a),
+                            )
+                        ]
+                        if tokens == dim
+                        else []
                     ),
                     ("gamma is missing", lambda a=args: _rms_norm(a[0], torch.ones_like(a[1]), a[2])),
                     (
@@ -99,7 +125,7 @@ def _backward(
     praise="Gain first, then both projections, then the division: nothing is left along the mean or the scale.",
 )
 def grade_layernorm(trial: Trial) -> None:
-    for tokens, dim in [(1, 3), (2, 3), (1, 4), (3, 5), (4, 8)]:
+    for tokens, dim in [(1, 3), (3, 3), (2, 3), (1, 4), (3, 5), (4, 8)]:
         for eps in (0.5, 1e-5):
             grad, x, gamma = trial.normal(tokens, dim), trial.normal(tokens, dim), trial.normal(dim)
             # a spread that is never near zero, so that no gradient is made of rounding
@@ -119,6 +145,39 @@ def grade_layernorm(trial: Trial) -> None:
             def summed(a=args, d=deviation) -> Tensor:
                 normed, g = (a[1] - a[1].mean(-1, keepdim=True)) / d, a[0] * a[2]
                 return (g - g.sum(-1, keepdim=True) - normed * (g * normed).sum(-1, keepdim=True)) / d
+
+            def second_summed(a=args, d=deviation) -> Tensor:
+                normed, g = (a[1] - a[1].mean(-1, keepdim=True)) / d, a[0] * a[2]
+                return (g - g.mean(-1, keepdim=True) - normed * (g * normed).sum(-1, keepdim=True)) / d
+
+            def x_for_normed(a=args, d=deviation) -> Tensor:
+                g = a[0] * a[2]
+                return (g - g.mean(-1, keepdim=True) - a[1] * (g * a[1]).mean(-1, keepdim=True)) / d
+
+            def centred_for_normed(a=args, d=deviation) -> Tensor:
+                centred, g = a[1] - a[1].mean(-1, keepdim=True), a[0] * a[2]
+                return (g - g.mean(-1, keepdim=True) - centred * (g * centred).mean(-1, keepdim=True)) / d
+
+            def all_tokens(a=args) -> Tensor:
+                centred, g = a[1] - a[1].mean(), a[0] * a[2]
+                d = (centred.square().mean() + a[3]).sqrt()
+                return (g - g.mean() - centred / d * (g * centred / d).mean()) / d
+
+            def one_less(a=args) -> Tensor:
+                d = (a[1].var(-1, keepdim=True) + a[3]).sqrt()
+                normed, g = (a[1] - a[1].mean(-1, keepdim=True)) / d, a[0] * a[2]
+                return (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True)) / d
+
+            def flat(a=args) -> Tensor:
+                centred, g = a[1] - a[1].mean(-1), a[0] * a[2]
+                d = (centred.square().mean(-1) + a[3]).sqrt()
+                return (g - g.mean(-1) - centred / d * (g * centred / d).mean(-1)) / d
+
+            several = [("the means run over all tokens; each token has its own", all_tokens)]
+            if tokens == dim:  # elsewhere it stops
+                several.append(
+                    ("keepdim=True is missing: the means of tokens were lined up with the features", flat)
+                )
 
             trial.compare(
                 trial.ask(**inputs),
@@ -155,6 +214,17 @@ def grade_layernorm(trial: Trial) -> None:
                         lambda a=args, d=deviation: _backward(*a) * d.square(),
                     ),
                     ("the projections add up over the features; they are means", summed),
+                    ("the second projection adds up over the features; it is a mean too", second_summed),
+                    (
+                        "x stands where x_hat belongs: the second projection is along the normalised token",
+                        x_for_normed,
+                    ),
+                    (
+                        "x - mean stands where x_hat belongs: divide it by the standard deviation as well",
+                        centred_for_normed,
+                    ),
+                    ("the variance divides by n - 1; layer norm's divides by n", one_less),
+                    *several,
                     ("eps is not used", lambda a=args: _backward(*a[:3], 0.0)),
                 ],
                 rtol=1e-3,
@@ -166,21 +236,31 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.square().mean().sqrt()
 
 
-def _stack(x: Tensor, weights: Tensor, placement: str, *, skip: bool = True) -> Tensor:
+def _layer_unit(x: Tensor) -> Tensor:
+    return _unit(x - x.mean())
+
+
+def _stack(
+    x: Tensor, weights: Tensor, placement: str, *, skip: bool = True, unit: Callable[[Tensor], Tensor] = _unit
+) -> Tensor:
     for w in weights:
         keep = x if skip else 0
         if placement == "pre":
-            x = keep + (w @ _unit(x)).tanh()
+            x = keep + (w @ unit(x)).tanh()
         elif placement == "post":
-            x = _unit(keep + (w @ x).tanh())
+            x = unit(keep + (w @ x).tanh())
         elif placement == "sandwich":
-            x = keep + _unit((w @ _unit(x)).tanh())
+            x = keep + unit((w @ unit(x)).tanh())
         elif placement == "branch end":
-            x = keep + _unit((w @ x).tanh())
+            x = keep + unit((w @ x).tanh())
         elif placement == "both":
-            x = _unit(keep + (w @ _unit(x)).tanh())
+            x = unit(keep + (w @ unit(x)).tanh())
         elif placement == "linear":
-            x = keep + w @ _unit(x)
+            x = keep + w @ unit(x)
+        elif placement == "pre, skip too":
+            x = unit(x) + (w @ unit(x)).tanh()
+        elif placement == "sandwich, skip too":
+            x = unit(x) + unit((w @ unit(x)).tanh())
     return x
 
 
@@ -200,12 +280,16 @@ def grade_pre_post_ln(trial: Trial) -> None:
             inputs = {"x": x, "weights": weights, "placement": placement}
             args = (x, weights)
             slips = {
+                "pre, skip too": "the skip path was normalised too: it carries x as it is",
+                "sandwich, skip too": "the skip path was normalised too: it carries x as it is",
                 "post": "this is post-norm: there the sum is normalised",
                 "pre": "this is pre-norm: one norm, at the entrance of the branch",
                 "sandwich": "this is the sandwich: a norm at both ends of the branch",
             }
             if placement == "pre":
                 slips["linear"] = "the tanh of the sublayer is missing"
+            if placement == "post":
+                slips["branch end"] = "only the branch was normalised: post-norm normalises the sum"
             if placement == "sandwich":
                 slips["branch end"] = (
                     "the branch is normalised at its end alone; its entrance needs a norm too"
@@ -222,6 +306,18 @@ def grade_pre_post_ln(trial: Trial) -> None:
                         (hint, lambda a=args, p=other: _stack(*a, p))
                         for other, hint in slips.items()
                         if other != placement
+                    ),
+                    (
+                        "only the first layer was applied",
+                        lambda a=args, p=placement: _stack(a[0], a[1][:1], p),
+                    ),
+                    (
+                        "only the last layer was applied: each reads what the one before returned",
+                        lambda a=args, p=placement: _stack(a[0], a[1][-1:], p),
+                    ),
+                    (
+                        "the mean was taken off: this norm only divides by the root mean square",
+                        lambda a=args, p=placement: _stack(*a, p, unit=_layer_unit),
                     ),
                     (
                         "the residual sum is missing",
@@ -245,6 +341,14 @@ def grade_pre_post_ln(trial: Trial) -> None:
             )
 
 
+def _differ(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and not torch.allclose(a.double(), b.double(), equal_nan=True)
+    )
+
+
 def _dropped(x: Tensor, u: Tensor, p: float, factor: float) -> Tensor:
     return torch.where(u < p, torch.zeros_like(x), x * factor)
 
@@ -257,7 +361,7 @@ def _dropped(x: Tensor, u: Tensor, p: float, factor: float) -> Tensor:
 )
 def grade_dropout(trial: Trial) -> None:
     for shape in [(2,), (3,), (2, 3), (4, 5)]:
-        for p in (0.5, 0.1, 0.3, 0.0):
+        for p in (0.3, 0.5, 0.1, 0.0):
             for training in (True, False):
                 x = trial.normal(*shape)
                 x = torch.where(x == 0, 0.7, x)  # a zero would hide the mask
@@ -288,6 +392,12 @@ def grade_dropout(trial: Trial) -> None:
                 if p > 0:
                     hints.append(
                         (
+                            "p was read as the rate of keeping; it is the rate of dropping",
+                            lambda x=x, u=u, p=p: torch.where(u < p, x / p, torch.zeros_like(x)),
+                        )
+                    )
+                    hints.append(
+                        (
                             "it divides by p, the share that is dropped",
                             lambda x=x, u=u, p=p: _dropped(x, u, p, 1 / p),
                         )
@@ -307,4 +417,11 @@ def grade_dropout(trial: Trial) -> None:
                             lambda x=x, p=p: x * (1 - p),
                         ),
                     ]
-                trial.compare(trial.ask(**inputs), wanted, inputs, hints=hints)
+                # With u given, the same call gives the same mask: several, since two masks may agree by chance.
+                results = [trial.ask(**inputs) for _ in range(12 if training and p > 0 else 1)]
+                for other in results[1:]:
+                    if _differ(results[0], other):
+                        wrong = next(r for r in results if _differ(r, wanted))
+                        drawn = "the same u gave two masks: use u, draw nothing"
+                        trial.compare(wrong, wanted, inputs, hints=[(drawn, lambda r=wrong: r)])
+                trial.compare(results[0], wanted, inputs, hints=hints)
