@@ -52,7 +52,7 @@ def main(
         )
     write(
         out,
-        f"each part on {tokens} tokens, {DIM} features (feed-forward {HIDDEN}, {HEADS} heads), float32",
+        f"each part on {tokens} tokens, {DIM} features ({HEADS} heads, feed-forward {HIDDEN}), float32",
         environment(where, ["torch", "transformers"]),
         rows,
         rounds=rounds,
@@ -88,7 +88,7 @@ def both(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], *inputs: Te
 
 
 def elementwise(tokens: int, where: torch.device) -> list[tuple[str, str, Pair]]:
-    x, up = draw(tokens, HIDDEN, where=where), draw(tokens, HIDDEN, where=where, seed=1)
+    x, up = draw(tokens, DIM, where=where), draw(tokens, DIM, where=where, seed=1)
     tanh = partial(activations.gelu, approximate="tanh")
     kinds = {
         "relu": (activations.relu, "relu", functional.relu, (x,)),
@@ -170,7 +170,9 @@ def in_attention(tokens: int, where: torch.device) -> list[tuple[str, str, Pair]
     words = draw(1, tokens, DIM, where=where)
     t5 = positions.RelativePositionBias(HEADS, buckets=32, max_distance=128, bidirectional=False).to(where)
     their_t5 = T5Attention(
-        T5Config(d_model=DIM, num_heads=HEADS, d_kv=head, is_decoder=True), has_relative_attention_bias=True
+        T5Config(d_model=DIM, num_heads=HEADS, d_kv=head, is_decoder=True),
+        has_relative_attention_bias=True,
+        layer_idx=0,
     ).to(where)
     gated = GatedFeedForward(DIM, HIDDEN).to(where)
     mlp = LlamaMLP(LlamaConfig(hidden_size=DIM, intermediate_size=HIDDEN, mlp_bias=False)).to(where)

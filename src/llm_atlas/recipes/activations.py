@@ -235,7 +235,9 @@ def load_relu_bytes(path: Path | None = None, *, high_rate: bool = False) -> Dec
     if path is None:
         path = bundled(f"models/{MODEL}{'-high-rate' if high_rate else ''}.safetensors")
     config = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["settings"]["config"]
-    model = Decoder(DecoderConfig(**config))
+    # JSON has no tuples
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    model = Decoder(DecoderConfig(**settings))
     model.load_state_dict(load_safetensors(path))
     return model.eval()
 
