@@ -5,6 +5,8 @@ These run without --jaxtyping-packages (marker `untyped`): with it, jaxtyping wo
 package's own messages, which are what a user sees.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from llm_atlas.infer.generate import generate
 from llm_atlas.infer.sampling import temperature
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.families import unpermute
+from llm_atlas.models.inspect import position_probe
 from llm_atlas.nn.activations import find_activation, gelu
 from llm_atlas.nn.attention import (
     MultiHeadAttention,
@@ -146,7 +149,22 @@ CASES = [
     (lambda: GatedFeedForward(8)(x(2, 7)), ValueError, "x has 7 features, this layer takes 8"),
     # positions
     (lambda: sinusoidal_positions(ids(3), 7), ValueError, "dim 7 must be even and positive: features are used in pairs"),
-    (lambda: sinusoidal_positions(ids(3), 8, base=0.0), ValueError, "base 0.0 must be positive"),
+    (lambda: sinusoidal_positions(ids(3), 8, base=0.0), ValueError, "base 0.0 must be positive and finite"),
+    (lambda: sinusoidal_positions(ids(3), 8, base=math.nan), ValueError, "base nan must be positive and finite"),
+    (lambda: SinusoidalPositions(8).embed(ids(1, 3, 8), ids(1, 3)), TypeError, "x holds torch.int64, and a position would be cut to whole numbers: pass a float tensor"),
+    (lambda: LearnedPositions(3, 0), ValueError, "dim 0 must be at least 1"),
+    (lambda: RotaryPositions(8, length=4).rotate(ids(1, 1, 1, 8), ids(1, 1)), TypeError, "x holds torch.int64, and a position would be cut to whole numbers: pass a float tensor"),
+    (lambda: apply_rotary(ids(3, 8), ids(3)), TypeError, "x holds torch.int64, and a position would be cut to whole numbers: pass a float tensor"),
+    (lambda: apply_rotary(x(3, 8), ids(3), base=math.inf), ValueError, "base inf must be positive and finite"),
+    (lambda: interleaved_to_half(x(6), dim=5), ValueError, "dim 5 is no axis of x, which has 1"),
+    (lambda: half_to_interleaved(x(6, 2), dim=-3), ValueError, "dim -3 is no axis of x, which has 2"),
+    (lambda: relative_position_bucket(x(3), bidirectional=False), TypeError, "distances are whole numbers, not torch.float32"),
+    (lambda: position_probe(x(8, 5, 3), ids(4)), ValueError, "there are 4 positions for 5 vectors a row"),
+    (lambda: position_probe(x(8, 0, 3), ids(0)), ValueError, "states have no vectors: there is nothing to predict"),
+    (lambda: position_probe(x(8, 5, 3), ids(5)), ValueError, "the positions are all alike: there is nothing to predict"),
+    (lambda: position_probe(x(8, 1, 3), ids(1)), ValueError, "the positions are all alike: there is nothing to predict"),
+    (lambda: position_probe(x(8, 5, 3) + math.nan, torch.arange(5)), ValueError, "states hold numbers that are not finite"),
+    (lambda: position_probe(x(8, 5, 3), torch.arange(5), ridge=0.0), ValueError, "ridge 0.0 must be positive and finite"),
     (lambda: SinusoidalPositions(8).embed(x(1, 3, 7), ids(1, 3)), ValueError, "x has 7 features, these positions are made for 8"),
     (lambda: LearnedPositions(0, 8), ValueError, "length 0 must be at least 1"),
     (lambda: LearnedPositions(4, 8).embed(x(1, 3, 8), ids(1, 3, fill=4)), ValueError, "position 4 is past the table of 4 positions"),
@@ -161,7 +179,7 @@ CASES = [
     (lambda: RotaryPositions(8, rotary_dim=0), ValueError, "rotary_dim 0 must be even and lie between 2 and the head's 8 features"),
     (lambda: apply_rotary(x(3, 7), ids(3)), ValueError, "dim 7 must be even and positive: features are used in pairs"),
     (lambda: apply_rotary(x(3, 8), ids(3), layout="paired"), ValueError, "layout 'paired' is not one of half, interleaved"),
-    (lambda: apply_rotary(x(3, 8), ids(3), base=-1.0), ValueError, "base -1.0 must be positive"),
+    (lambda: apply_rotary(x(3, 8), ids(3), base=-1.0), ValueError, "base -1.0 must be positive and finite"),
     (lambda: interleaved_to_half(x(6), heads=2), ValueError, "6 features do not divide into 2 heads of feature pairs"),
     (lambda: half_to_interleaved(x(6, 2), heads=0, dim=0), ValueError, "6 features do not divide into 0 heads of feature pairs"),
     (lambda: alibi_slopes(0), ValueError, "heads 0 must be at least 1"),
@@ -208,6 +226,7 @@ CASES = [
     (lambda: config(nope_layers=(1,)), ValueError, "nope layer 1 is not one of the 1 layers"),
     (lambda: config(nope_layers=(-1,)), ValueError, "nope layer -1 is not one of the 1 layers"),
     (lambda: config(nope_layers=(0, 0)), ValueError, "nope_layers (0, 0) name a layer twice"),
+    (lambda: config(nope_layers=(0.0,)), TypeError, "nope layer 0.0 must be an int, the number of a layer"),
     (lambda: config(nope_layers=(0,), positions="learned"), ValueError, "nope_layers (0,) need positions that act inside attention, not 'learned'"),
     (lambda: config(heads=3), ValueError, "dim 8 must divide into 3 heads"),
     (lambda: Decoder(config(heads=8)), ValueError, "dim 1 must be even and positive: features are used in pairs"),

@@ -95,6 +95,31 @@ def every_head(bias):
     return lambda heads, tokens: bias(tokens)[None].expand(heads, -1, -1)
 
 
+def unsigned(x, positions, base):
+    """The common rotate-half form, with the sign of one half forgotten."""
+    angle = positions[:, None] * base ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def steep(heads, tokens):
+    slopes = 2.0 ** (-8 / torch.arange(1, heads + 1))
+    at = torch.arange(tokens)
+    return (-slopes[:, None, None] * (at[:, None] - at)).masked_fill(at > at[:, None], -math.inf)
+
+
+def unfloored(distance, buckets, max_distance):
+    e = buckets // 2
+    far = e + torch.log(distance.clamp(min=e) / e) / math.log(max_distance / e) * (buckets - e)
+    return torch.where(distance < e, distance, far.clamp(max=buckets - 1))
+
+
+def halved(distance, buckets, max_distance):
+    e = buckets / 2
+    far = e + (torch.log(distance.clamp(min=e) / e) / math.log(max_distance / e) * (buckets - e)).floor()
+    return torch.where(distance < e, distance, far.clamp(max=buckets - 1)).long()
+
+
 WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("rope", interleaved, "interleaved layout"),
     ("rope", lambda x, p, base: rotate(x, -p, base), "wrong way"),
@@ -148,6 +173,18 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
         ),
         "pass the last bucket",
     ),
+    ("rope", unsigned, "one sign is missing"),
+    ("rope", lambda x, p, base: rotate(x, torch.deg2rad(p.float()), base), "radians already"),
+    ("learned-positions", lambda i, t, p, s: t[i] + p[s : s + i.shape[0]], "counted the texts"),
+    ("sinusoidal", lambda n, d: shift(abs(n), d), "n may be negative"),
+    ("alibi", lambda h, t: alibi(h, t).nan_to_num(neginf=-1e9), "needs -inf"),
+    ("alibi", lambda h, t: alibi(h, t).clamp(min=torch.finfo(torch.float32).min), "needs -inf"),
+    ("alibi", lambda h, t: alibi(h, t) - alibi(h, t)[:, :, :1].nan_to_num(), "same softmax"),
+    ("alibi", lambda h, t: alibi(h, t).masked_fill(torch.eye(t).bool(), -math.inf), "look at itself"),
+    ("alibi", steep, "not -8 / (h + 1)"),
+    ("relative-position", lambda d, b, m: bucket(d, b, m).float(), "return whole numbers"),
+    ("relative-position", unfloored, "use floor"),
+    ("relative-position", halved, "e is buckets // 2"),
     ("nope", without_intercept, "b is missing"),
     ("nope", lambda h, p, f: probe(h, p, h), "for fresh were asked"),
     ("nope", lambda h, p, f: p.mean().expand(len(f)), "w is not used"),

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from llm_atlas.core.assets import fetch
+from llm_atlas.core.weights import load_safetensors
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.families import build
 from llm_atlas.nn.attention import MultiHeadAttention, scaled_dot_product_attention
@@ -64,6 +66,8 @@ def test_sinusoidal_adds_to_the_embeddings():
     x, at = randn(2, 5, 6), torch.tensor([[3, 4, 5, 6, 7]])
     assert_close(SinusoidalPositions(6).embed(x, at), x + sinusoidal_positions(at, 6))
     assert SinusoidalPositions(6).embed(x.bfloat16(), at).dtype == torch.bfloat16
+    assert_close(SinusoidalPositions(6, base=50.0).embed(x, at), x + sinusoidal_positions(at, 6, base=50.0))
+    assert (sinusoidal_positions(at, 6, base=50.0) - sinusoidal_positions(at, 6)).abs().max() > 0.1
 
 
 def test_learned_positions_are_rows_of_the_table_and_padding_is_finite():
@@ -73,6 +77,34 @@ def test_learned_positions_are_rows_of_the_table_and_padding_is_finite():
     assert_close(out[0], x[0] + scheme.table.weight[4:])
     assert_close(out[1, 1:], x[1, 1:] + scheme.table.weight[:2])
     assert torch.isfinite(out).all()
+    assert scheme.embed(x.bfloat16(), at).dtype == torch.bfloat16
+
+
+def test_the_table_of_minilm_is_read_as_in_transformers():
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertEmbeddings
+
+    weights, part = load_safetensors(fetch("all-minilm-l6-v2")), "embeddings."
+    words = weights[part + "word_embeddings.weight"].float()
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=384, max_position_embeddings=512, layer_norm_eps=1e-12
+    )
+    theirs = BertEmbeddings(config).eval()
+    theirs.load_state_dict(
+        {name.removeprefix(part): w.float() for name, w in weights.items() if name.startswith(part)},
+        strict=False,
+    )
+    ours = LearnedPositions(512, 384)
+    ours.load_state_dict({"table.weight": weights[part + "position_embeddings.weight"].float()})
+    ids = torch.randint(len(words), (2, 512), generator=torch.Generator().manual_seed(0))
+    kind = weights[part + "token_type_embeddings.weight"].float()[
+        0
+    ]  # BERT adds it to every token of one sentence
+    x = ours.embed(words[ids], torch.arange(512)[None]) + kind
+    with torch.no_grad():
+        assert_close(theirs.LayerNorm(x), theirs(ids), atol=1e-5, rtol=1e-5)
+        shifted = ours.embed(words[ids], torch.arange(512)[None].roll(1, -1)) + kind
+        assert (theirs.LayerNorm(shifted) - theirs(ids)).abs().max() > 1e-2
 
 
 def test_rotation_is_multiplication_by_a_complex_number():
@@ -286,6 +318,13 @@ def test_the_penalty_grows_with_the_distance_on_both_sides():
     assert torch.equal(bias[0, 1], 4 * bias[0, 0])
 
 
+def test_far_penalties_are_exact_for_queries_of_eight_bits():
+    q = randn(1, 8, 1, 4).bfloat16()
+    far = AlibiPositions(8).bias(q, torch.tensor([[301]]), torch.tensor([[0, 300, 301]]))
+    assert far.dtype == torch.float32
+    assert far[0, 0, 0].tolist() == [-150.5, -0.5, 0]  # 301 has no bfloat16
+
+
 @pytest.mark.parametrize("heads", [3, 4])
 def test_attention_with_alibi_is_that_of_bloom(heads):
     from transformers import BloomConfig
@@ -335,6 +374,9 @@ def test_buckets_by_hand():
     assert near.tolist() == [0, 1, 7, 8, 8, 15, 0]  # keys ahead are in bucket 0
     both = relative_position_bucket(torch.tensor([0, -1, 1, -500, 500]), bidirectional=True)
     assert both.tolist() == [0, 1, 17, 15, 31]
+    least = torch.tensor([-128, 127], dtype=torch.int8)
+    assert relative_position_bucket(least, bidirectional=False).tolist() == [31, 0]
+    assert relative_position_bucket(least, bidirectional=True).tolist() == [15, 31]
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -419,6 +461,13 @@ def test_the_scheme_of_shaw_is_the_readable_form_without_values(dtype):
     ours = scaled_dot_product_attention(q, k, v, mask=mask, bias=bias)
     rough = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 2e-2}
     assert_close(ours, relative_attention(q, k, v, scheme.table.weight, mask=mask), **rough)
+    # Products are taken in float32 and rounded once.
+    wide = ShawPositions(8, max_distance=3)
+    wide.table.weight.data = randn(7, 8, seed=5).bfloat16().float()
+    narrow = ShawPositions(8, max_distance=3).bfloat16()
+    narrow.load_state_dict(wide.state_dict())
+    q8 = randn(2, 3, 9, 8, seed=6).bfloat16()
+    assert torch.equal(narrow.bias(q8, at, at), wide.bias(q8.float(), at, at).bfloat16())
     # In a batch whose rows stand at different places, and with one query that all rows share.
     apart = scheme.bias(q[:1], torch.stack([at[0], at[0] + 1]), at)
     assert_close(apart[0], bias[0])

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 from llm_atlas.core.assets import bundled
 from llm_atlas.core.seeds import generator
+from llm_atlas.core.weights import load_safetensors
+from llm_atlas.models.families import load_weights
 from llm_atlas.models.inspect import attention_maps
 from llm_atlas.recipes import load_results, positions, write_json
 from llm_atlas.recipes.byte_models import held_out_windows, next_byte_loss
@@ -26,6 +28,7 @@ from llm_atlas.recipes.positions import (
     losses_by_length,
     losses_by_position,
     make_model,
+    measure,
     probe,
     run,
     train,
@@ -155,7 +158,20 @@ def test_a_run_is_recorded_and_repeats_itself(tmp_path):
     text = torch.randint(97, 101, (9000,), generator=generator(0))
     first = run("learned", 0, steps=20, ids=text, save=tmp_path / "new" / "model.safetensors")
     assert first == run("learned", 0, steps=20, ids=text)
-    assert (tmp_path / "new" / "model.safetensors").is_file()
+    # What is saved is what was measured, and on text that it was not trained on.
+    model = make_model("learned", 0).eval()
+    load_weights(model, load_safetensors(tmp_path / "new" / "model.safetensors"))
+    held_out, seen = split_held_out(text)[1], split_held_out(text)[0]
+    for part, same in ((held_out, True), (seen, False)):
+        again = measure(model, held_out_windows(part, batch=WINDOWS, length=LENGTHS[-1]))
+        assert (again["held_out_loss"] == pytest.approx(first["held_out_loss"], rel=1e-5)) == same
+    other_context, _ = train("learned", 0, stop=1, ids=text, context=70)
+    assert other_context.config.context == 70
+    untrained = run("nope", 1, steps=2, ids=text)["probe_r2_untrained"]
+    windows = held_out_windows(held_out, batch=WINDOWS, length=LENGTHS[-1])[:, -LENGTH - 1 :]
+    for seed in (0, 1):
+        mine = probe(make_model("nope", seed).eval(), windows)[0]
+        assert (untrained == pytest.approx(mine, abs=1e-3)) == (seed == 1)
     assert len(first["loss_curve"]) == 10
     assert first["loss_curve"][-1] < first["loss_curve"][0]
     assert first["bias_curves"] is None
@@ -211,10 +227,23 @@ def test_the_committed_model_is_the_one_of_its_row(rows):
     assert bundled("models/nope-bytes.safetensors").stat().st_size < 1_000_000
     model = load_nope()
     held_out = split_held_out(byte_ids(king_james()))[1]
-    short = held_out_windows(held_out, batch=WINDOWS, length=LENGTHS[-1])[:, -LENGTH - 1 :]
-    assert float(byte_losses(model, short).mean()) == pytest.approx(row["held_out_loss"], abs=1e-3)
-    assert probe(model, short)[0] == pytest.approx(row["probe_r2"], abs=0.01)
+    windows = held_out_windows(held_out, batch=WINDOWS, length=LENGTHS[-1])
     assert not model.training
+    measured = measure(model, windows)
+    assert set(row) - set(measured) == {"method", "seed", "probe_r2_untrained", "loss_curve"}
+    rough = {"probe_r2": 0.01, "probe_r2_unmasked": 0.01, "probe_error": 0.1}
+    for name, value in measured.items():
+        wanted = row[name] if value is None else pytest.approx(row[name], abs=rough.get(name, 1e-3))
+        assert value == wanted, name
+    first = probe(make_model("nope", 0).eval(), windows[:, -LENGTH - 1 :])[0]
+    assert first == pytest.approx(row["probe_r2_untrained"], abs=0.01)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_untrained_probes_are_those_of_their_own_seeds(rows, seed):
+    windows = held_out_windows(split_held_out(byte_ids(king_james()))[1], batch=WINDOWS, length=LENGTHS[-1])
+    first = probe(make_model("nope", seed).eval(), windows[:, -LENGTH - 1 :])[0]
+    assert first == pytest.approx(pick(rows, "nope")[seed]["probe_r2_untrained"], abs=0.01)
 
 
 def test_one_run_begins_as_it_did(rows):

@@ -97,6 +97,8 @@ class DecoderConfig:
                 f"nope_layers {self.nope_layers} need positions that act inside attention, not {self.positions!r}"
             )
         for layer in self.nope_layers:
+            if not isinstance(layer, int) or isinstance(layer, bool):
+                raise TypeError(f"nope layer {layer!r} must be an int, the number of a layer")
             if not 0 <= layer < self.layers:
                 raise ValueError(f"nope layer {layer} is not one of the {self.layers} layers")
         if len(set(self.nope_layers)) < len(self.nope_layers):

@@ -3,6 +3,7 @@
 Everything here is done with hooks from outside; no forward pass knows that it is watched.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -109,10 +110,18 @@ def position_probe(
 
     Fitted to the first rows and measured on the last `held_out` of them, so that no text is in both. Features are
     standardised first, so `ridge` ($\lambda$) has no unit. What a *linear* map cannot read may still be there.
-    Raises ValueError where one of the two parts would be empty. float64 inside, cost rows x seq x dim^2.
+    Raises ValueError where one of the two parts would be empty, for positions that are all alike or not as many as
+    the vectors, for vectors that are not finite and for a `ridge` that is not positive. float64 inside, cost
+    rows x seq x dim^2.
     Alain & Bengio 2016, section 3 (arXiv 1610.01644); for positions Haviv et al. 2022, section 4 (arXiv 2203.16634).
     """
     rows, seq, dim = states.shape
+    if len(positions) != seq:
+        raise ValueError(f"there are {len(positions)} positions for {seq} vectors a row")
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge {ridge} must be positive and finite")
+    if seq == 0:
+        raise ValueError("states have no vectors: there is nothing to predict")
     last = round(rows * held_out)
     if not 0 < last < rows:
         raise ValueError(f"{rows} rows cannot be split with {held_out} of them held out: both parts need one")
@@ -126,8 +135,13 @@ def position_probe(
     weights = torch.linalg.solve(gram, x[:cut].T @ (target[:cut] - centre) / cut)
     predicted = x[cut:] @ weights + centre
     missed = predicted - target[cut:]
-    r2 = 1 - missed.square().mean() / target[cut:].var(correction=0)
-    return PositionProbe(float(r2), float(missed.abs().mean()), predicted.float().view(last, seq))
+    error, variance = float(missed.abs().mean()), float(target[cut:].var(correction=0))
+    if not math.isfinite(error):
+        raise ValueError("states hold numbers that are not finite")
+    if variance == 0:
+        raise ValueError("the positions are all alike: there is nothing to predict")
+    r2 = 1 - float(missed.square().mean()) / variance
+    return PositionProbe(r2, error, predicted.float().view(last, seq))
 
 
 @torch.inference_mode()

@@ -93,13 +93,16 @@ class SinusoidalPositions(PositionScheme):
 class LearnedPositions(PositionScheme):
     r"""A trained vector for each position, added to the embeddings, $x_p + P_p$; there is none past `length - 1`.
 
-    length x dim weights, and a row that no training text was long enough to reach stays as it was made. Raises
-    ValueError for a position past the table. Devlin et al. 2018, section 3 (arXiv 1810.04805).
+    length x dim weights. A row that no training text was long enough to reach gets no gradient: it stays random (weight
+    decay only shrinks it). float32 inside, the dtype of `x` out. Raises ValueError for a position past the
+    table. Devlin et al. 2018, section 3 (arXiv 1810.04805).
     """
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
         _check_length(length)
+        if dim < 1:
+            raise ValueError(f"dim {dim} must be at least 1")
         self.table = nn.Embedding(length, dim)
 
     def embed(
@@ -108,7 +111,7 @@ class LearnedPositions(PositionScheme):
         """x + table[positions]."""
         _check_features(x, self.table.embedding_dim)
         _check_reach(positions, self.table.num_embeddings)
-        return x + self.table(positions.clamp(min=0))
+        return (x + self.table(positions.clamp(min=0))).to(x.dtype)
 
 
 def apply_rotary(
@@ -122,10 +125,12 @@ def apply_rotary(
 
     $\theta_j = \text{base}^{-2j/d}$ for pair $j$. The product of a turned query and a turned key depends on the
     difference of their positions alone. `positions` (any integers; an offset is added to them) broadcasts against
-    the axes of `x` before the last. Layout "half" pairs feature j with j + d/2 (GPT-NeoX, Llama), "interleaved"
-    2j with 2j + 1 (the paper, GPT-J); `interleaved_to_half` leads from one to the other. Works in float32 at
-    least. Raises ValueError for an odd `dim` and an unknown layout. Su et al. 2021, section 3.4 (arXiv 2104.09864).
+    the axes of `x` before the last. Layout "half" pairs feature j with j + d/2 (GPT-NeoX, the Llama of
+    `transformers`), "interleaved" 2j with 2j + 1 (the paper, GPT-J, Meta's own Llama); `interleaved_to_half` leads
+    from one to the other. Works in float32 at least. Raises ValueError for an odd `dim` and an unknown layout,
+    TypeError for whole numbers. Su et al. 2021, section 3.4 (arXiv 2104.09864).
     """
+    _check_real(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     angles = positions[..., None].to(wide) * _frequencies(x.shape[-1], base, x.device, wide)
     first, second = _pairs(x.to(wide), layout)
@@ -138,7 +143,8 @@ def interleaved_to_half(x: Tensor, *, heads: int = 1, dim: int = -1) -> Tensor:
 
     `x` may be queries and keys (`dim` their features), or a query or key matrix and its bias, whose rows (`dim=0`)
     make them. Each of the `heads` equal parts of that axis is reordered by itself. A model whose query *and* key rows
-    are reordered gives the same scores in the other layout. Raises ValueError where the axis does not divide.
+    are reordered gives the same scores in the other layout. Raises ValueError where there is no such axis or it does
+    not divide.
     """
     _check_heads(x, heads, dim)
     dim = dim % x.dim()
@@ -292,12 +298,15 @@ def relative_position_bucket(
     $\frac n2 + \left\lfloor \frac n2 \ln\frac{d}{n/2} \big/ \ln\frac{\text{max}}{n/2} \right\rfloor$, and all beyond
     share the last one. Bidirectional: half of the buckets are for keys behind (and the query itself), the other half
     for keys ahead. Else all are for keys behind, and keys ahead get bucket 0.
-    Raises ValueError where the buckets are too few or odd, or `max_distance` lies within the near ones.
-    Raffel et al. 2019, section 2.1 (arXiv 1910.10683).
+    Raises ValueError where the buckets are too few or odd, or `max_distance` lies within the near ones, TypeError
+    for distances that are no whole numbers. Raffel et al. 2019, section 2.1 (arXiv 1910.10683).
     """
     _check_buckets(buckets, max_distance, bidirectional)
     side = buckets // 2 if bidirectional else buckets
     near = side // 2
+    if distance.is_floating_point() or distance.is_complex() or distance.dtype == torch.bool:
+        raise TypeError(f"distances are whole numbers, not {distance.dtype}")
+    distance = distance.long()  # -(-128) does not fit into int8
     d = distance.abs() if bidirectional else (-distance).clamp(min=0)
     growth = torch.log(d.clamp(min=near).float() / near) / math.log(max_distance / near) * (side - near)
     far = (near + growth.long()).clamp(max=side - 1)
@@ -390,9 +399,10 @@ class ShawPositions(PositionScheme):
 
     The bias depends on what the query asks, unlike T5's. One vector for each of the 2 x max_distance + 1 clipped
     distances (a causal model reads those up to 0), shared by heads. Equal to `relative_attention` without
-    a value table, but each query meets each vector once and the products are then looked up:
-    cost queries x (2 x max_distance + 1) x d, memory queries x keys, a head. Raises ValueError for a `max_distance`
-    below 1. Shaw et al. 2018, sections 3.2 and 3.3 (arXiv 1803.02155).
+    a value table. Shaw's own split into two products keeps a vector for each pair of places, queries x keys x d,
+    shared by heads and batch. Here each query meets each vector once and the products are looked up, as in Huang et
+    al. 2018, section 3.4 (arXiv 1809.04281): cost queries x (2 x max_distance + 1) x d, memory queries x keys, a
+    head. Raises ValueError for a `max_distance` below 1. Shaw et al. 2018, sections 3.2 and 3.3 (arXiv 1803.02155).
     """
 
     def __init__(self, head_dim: int, *, max_distance: int = 16) -> None:
@@ -467,7 +477,16 @@ def _check_layout(layout: str) -> None:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(get_args(RotaryLayout))}")
 
 
+def _check_real(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x holds {x.dtype}, and a position would be cut to whole numbers: pass a float tensor"
+        )
+
+
 def _check_heads(x: Tensor, heads: int, dim: int) -> None:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim {dim} is no axis of x, which has {x.dim()}")
     size = x.shape[dim]
     if heads < 1 or size % (2 * heads):
         raise ValueError(f"{size} features do not divide into {heads} heads of feature pairs")
@@ -482,8 +501,8 @@ def _frequencies(
     dim: int, base: float, device: torch.device | str | None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " half"]:
     _check_even(dim)
-    if base <= 0:
-        raise ValueError(f"base {base} must be positive")
+    if not 0 < base < math.inf:
+        raise ValueError(f"base {base} must be positive and finite")
     return base ** (-torch.arange(0, dim, 2, device=device).to(dtype) / dim)
 
 
@@ -498,6 +517,7 @@ def _check_length(length: int) -> None:
 
 
 def _check_features(x: Tensor, dim: int) -> None:
+    _check_real(x)
     if x.shape[-1] != dim:
         raise ValueError(f"x has {x.shape[-1]} features, these positions are made for {dim}")
 

@@ -183,13 +183,14 @@ def train(
     steps: int = STEPS,
     stop: int | None = None,
     ids: Int[Tensor, " bytes"] | None = None,
+    context: int | None = None,
 ) -> tuple[Decoder, list[float]]:
     """A newly trained model in eval mode, and its training loss, mean over each tenth of the steps.
 
-    stop: only so many of the steps are taken, with the learning rates of the whole.
+    stop: only so many of the steps are taken, with the learning rates of the whole. context: see `make_model`.
     """
     train, _ = split_held_out(byte_ids(king_james()) if ids is None else ids)
-    model = make_model(method, seed)
+    model = make_model(method, seed, context=context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     warmup = max(1, steps // 20)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm_atlas.book.checks import Trial, checker
+from llm_atlas.book.checks import Trial, _report, _Wrong, checker
 
 Angle = Callable[[int, int], float]
 
@@ -24,6 +24,12 @@ def _turn(x: Tensor, angle: Angle, partner: Callable[[int], tuple[int, int]]) ->
             c, s = math.cos(angle(t, i)), math.sin(angle(t, i))
             out[t, a], out[t, b] = x[t, a] * c - x[t, b] * s, x[t, b] * c + x[t, a] * s
     return out.float()
+
+
+def _each(x: Tensor, angle: Angle, of: Callable[[float], float]) -> Tensor:
+    """`of` the angle of every token's pair, for both features of a half-split pair."""
+    one = torch.tensor([[of(angle(t, i)) for i in range(x.shape[1] // 2)] for t in range(x.shape[0])])
+    return torch.cat([one, one], dim=1)
 
 
 @checker(
@@ -62,6 +68,18 @@ def grade_rope(trial: Trial) -> None:
                 (
                     "it turns the wrong way: (a, b) becomes (a cos - b sin, b cos + a sin)",
                     lambda x=x, angle=angle, half=half: _turn(x, lambda t, i: -angle(t, i), half),
+                ),
+                (
+                    "one sign is missing: (a, b) becomes (a cos - b sin, b cos + a sin)",
+                    lambda x=x, angle=angle: (
+                        x * _each(x, angle, math.cos) + x.roll(x.shape[1] // 2, 1) * _each(x, angle, math.sin)
+                    ),
+                ),
+                (
+                    "the angles are radians already; do not convert them",
+                    lambda x=x, angle=angle, half=half: _turn(
+                        x, lambda t, i: math.radians(angle(t, i)), half
+                    ),
                 ),
                 (
                     "the positions are not used: token t is turned as if it stood at t",
@@ -108,7 +126,8 @@ def grade_rope(trial: Trial) -> None:
     praise="A row for the token plus a row for the place, and the places go on from start.",
 )
 def grade_learned(trial: Trial) -> None:
-    for batch, seq, dim, start in [(1, 1, 2, 0), (1, 2, 2, 0), (2, 2, 2, 1), (2, 3, 4, 2), (3, 4, 3, 5)]:
+    # more texts than tokens first: who counts the texts is caught by shape alone
+    for batch, seq, dim, start in [(2, 1, 2, 1), (1, 2, 2, 0), (2, 2, 2, 1), (2, 3, 4, 2), (3, 4, 3, 5)]:
         tokens, table = trial.normal(4, dim), trial.normal(10, dim)
         ids = torch.tensor([[trial.integer(0, 3) for _ in range(seq)] for _ in range(batch)])
         ids.view(-1)[:2] = torch.tensor([3, 0])[: ids.numel()]  # no id at the place of its own number
@@ -122,6 +141,12 @@ def grade_learned(trial: Trial) -> None:
             inputs,
             hints=[
                 ("the positions are missing: these are the tokens alone", lambda t=tokens, i=ids: t[i]),
+                (
+                    "you counted the texts, not the tokens: ids.shape is (batch, seq)",
+                    lambda t=tokens, i=ids, p=table, s=start: (
+                        t[i] + p[s : s + len(i)] if i.shape[1] == 1 else t[i]
+                    ),
+                ),
                 (
                     "start is not used: the places begin at 0 again",
                     lambda t=tokens, i=ids, p=table, seq=seq: t[i] + p[:seq],
@@ -185,6 +210,10 @@ def grade_sinusoidal(trial: Trial) -> None:
             inputs,
             hints=[
                 (
+                    "n may be negative: then it shifts back",
+                    lambda dim=dim, n=n: _shift(dim, lambda i: abs(n) / 10000 ** (2 * i / dim)),
+                ),
+                (
                     "this shifts back by n: it is the transpose of what was asked",
                     lambda dim=dim, angle=angle: _shift(dim, lambda i: -angle(i)),
                 ),
@@ -241,7 +270,7 @@ def _alibi(
 )
 def grade_alibi(trial: Trial) -> None:
     for heads, tokens in [
-        (2, 2),
+        (4, 2),  # of two heads the slopes of several slips are equal
         (2, 3),
         (4, 3),
         (8, trial.integer(4, 6)),
@@ -258,11 +287,36 @@ def grade_alibi(trial: Trial) -> None:
         def made(slope, entry, heads=heads, tokens=tokens) -> Tensor:
             return _alibi(heads, tokens, slope, entry)
 
+        got, wanted = trial.ask(**inputs), made(slope, causal)
         trial.compare(
-            trial.ask(**inputs),
-            made(slope, causal),
+            got,
+            wanted,
             inputs,
             hints=[
+                (
+                    "the future needs -inf: a large negative number is not nothing",
+                    lambda got=got, wanted=wanted: (
+                        torch.where(wanted.isinf() & (got < -100), got, wanted)
+                        if isinstance(got, Tensor) and got.shape == wanted.shape
+                        else wanted
+                    ),
+                ),
+                (
+                    "this has the same softmax, but it is not -m (i - j)",
+                    lambda made=made, slope=slope: made(
+                        slope, lambda i, j: float(j) if j <= i else -math.inf
+                    ),
+                ),
+                (
+                    "a token may look at itself: the diagonal is 0",
+                    lambda made=made, slope=slope: made(
+                        slope, lambda i, j: causal(i, j) if j < i else -math.inf
+                    ),
+                ),
+                (
+                    "the exponent is -8 (h + 1) / heads, not -8 / (h + 1)",
+                    lambda made=made: made(lambda h: 2.0 ** (-8 / (h + 1)), causal),
+                ),
                 (
                     "the future is open: a key after the query must get -inf",
                     lambda made=made, slope=slope: made(slope, lambda i, j: -float(i - j)),
@@ -310,8 +364,8 @@ def grade_alibi(trial: Trial) -> None:
 
 
 def _bucket(
-    n: int, buckets: int, longest: int, *, exact: int | None = None, rounded=math.floor, clip=True
-) -> int:
+    n: int, buckets: int, longest: int, *, exact: int | float | None = None, rounded=math.floor, clip=True
+) -> int | float:
     exact = buckets // 2 if exact is None else exact
     if n < exact:
         return n
@@ -328,7 +382,7 @@ def _bucket(
 )
 def grade_relative(trial: Trial) -> None:
     # sizes at which no distance falls on the edge of a bin, where rounding would decide
-    for buckets, longest in [(8, 20), (8, 30), (16, 100), (32, 128)]:
+    for buckets, longest in [(8, 20), (9, 30), (16, 100), (32, 128)]:
         far = sorted({trial.integer(buckets, 3 * longest) for _ in range(4)})
         places = [0, 1, buckets // 2 - 1, buckets // 2, buckets // 2 + 1, *far, 5 * longest]
         if buckets > 4:
@@ -339,15 +393,28 @@ def grade_relative(trial: Trial) -> None:
         def made(places=places, buckets=buckets, longest=longest, **slip) -> Tensor:
             return torch.tensor([_bucket(n, buckets, longest, **slip) for n in places])
 
+        got, wanted = trial.ask(**inputs), made()
         trial.compare(
-            trial.ask(**inputs),
-            made(),
+            got,
+            wanted,
             inputs,
             hints=[
                 ("far distances pass the last bucket: it is buckets - 1", lambda made=made: made(clip=False)),
                 (
                     "the bins begin too early: use floor, not ceil",
                     lambda made=made: made(rounded=math.ceil),
+                ),
+                (
+                    "a bucket is a whole number: use floor",
+                    lambda got=got, wanted=wanted: (
+                        got
+                        if isinstance(got, Tensor) and torch.equal(got.floor().double(), wanted.double())
+                        else torch.full_like(wanted, -1)
+                    ),
+                ),
+                (
+                    "e is buckets // 2, a whole number",
+                    lambda made=made, b=buckets: made(exact=b / 2).long(),
                 ),
                 ("rounded to the nearest bin; use floor", lambda made=made: made(rounded=round)),
                 (
@@ -368,6 +435,9 @@ def grade_relative(trial: Trial) -> None:
             rtol=0.0,
             atol=0.0,
         )
+        if got.is_floating_point():
+            fault = "a bucket is the number of a row: return whole numbers"
+            raise _Wrong(_report(fault, inputs, got=got, wanted=wanted))
 
 
 def _fit(hidden: Tensor, positions: Tensor, fresh: Tensor) -> Tensor:
@@ -382,7 +452,7 @@ def _with_one(x: Tensor) -> Tensor:
     "nope",
     asks="Write probe(hidden, positions, fresh): fit positions (n,) by least squares as hidden @ w + b from "
     "hidden (n, dim), and return the fit's guesses (m,) for other vectors, fresh (m, dim).",
-    praise="Fitted on one half, asked about the other: what a straight line can read, and no more.",
+    praise="Fitted on some vectors, asked about others: what a straight line can read, and no more.",
 )
 def grade_nope(trial: Trial) -> None:
     for n, m, dim in [(4, 2, 1), (6, 2, 2), (9, 3, 3), (20, 4, 5)]:
