@@ -14,12 +14,14 @@ from llm_atlas.models.inspect import feed_forward, unit_statistics
 from llm_atlas.recipes import activations, load_results, write_json
 from llm_atlas.recipes.activations import (
     BEST,
+    COMPARED,
     DIM,
     HIGH_RATES,
     KINDS,
     LAYERS,
     LEARNING_RATES,
     LENGTH,
+    NEAR_RATES,
     SETTINGS,
     TUNING_SEEDS,
     forward_flops,
@@ -177,6 +179,7 @@ def test_every_point_is_there(rows):
     expected |= {(kind, BEST[kind], seed) for kind in WIDE for seed in range(3)}
     expected |= {("relu", lr, seed) for lr in HIGH_RATES for seed in range(3)}
     expected |= {("gelu", HIGH_RATES[1], first)}
+    expected |= {(kind, lr, seed) for kind in COMPARED for lr in NEAR_RATES for seed in range(5)}
     assert found == expected
     assert len(rows) == len(found) == len(points())
     settings = load_results("activations")["settings"]

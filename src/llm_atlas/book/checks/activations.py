@@ -300,6 +300,8 @@ def grade_relu(trial: Trial) -> None:
                     "an input of exactly 0 passes no gradient either: relu's slope there is 0",
                     lambda z=z: (z < 0).all(0),
                 ),
+                ("only the first token was looked at", lambda z=z: z[0] <= 0),
+                ("only the last token was looked at", lambda z=z: z[-1] <= 0),
                 (
                     "the mean over the tokens says little: one token that switches a unit on is enough",
                     lambda z=z: z.mean(0) <= 0,
@@ -310,7 +312,5 @@ def grade_relu(trial: Trial) -> None:
                 ),
                 ("the bias is subtracted; relu takes x @ w + b", lambda v=bare - b: ~(v > 0).any(0)),
                 ("the bias is missing", lambda v=bare: ~(v > 0).any(0)),
-                ("only the first token was looked at", lambda z=z: z[0] <= 0),
-                ("only the last token was looked at", lambda z=z: z[-1] <= 0),
             ],
         )
