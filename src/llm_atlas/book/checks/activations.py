@@ -271,14 +271,15 @@ def grade_geglu(trial: Trial) -> None:
     praise="Dead is what no token at all switches on; a unit that most tokens leave off is only sparse.",
 )
 def grade_relu(trial: Trial) -> None:
-    for tokens, dim, hidden in [(3, 3, 6), (4, 3, 8), (9, 4, 12), (40, 6, 20)]:
+    for tokens, dim, hidden in [(3, 3, 7), (4, 3, 8), (9, 4, 12), (40, 6, 20)]:
         x, w, b = trial.normal(tokens, dim), trial.normal(dim, hidden), trial.normal(hidden)
         # What every trial must hold: unit 0 dead, 1 at exactly 0, 2 on by its bias alone, and 3, 4, 5 on for
-        # one token each, the second, the first and the last; on the first trial 4 alone with a mean below 0.
+        # one token each, the second, the first and the last; 6 is on for the second with a mean below 0.
         x[:, :3] = -1.0
         x[1, 0] = x[0, 1] = x[-1, 2] = 3.0
-        w[:, :6], b[:6] = 0.0, torch.tensor([-1.5, 0.0, 0.5, -0.5, -0.5, -0.5])
+        w[:, :7], b[:7] = 0.0, torch.tensor([-1.5, 0.0, 0.5, -0.5, -0.5, -0.5, -0.9])
         w[0, 3] = w[2, 5] = 1.0 * tokens
+        w[0, 6] = 1.0
         w[1, 4], b[4] = 0.1, -0.29  # at its peak only 0.01: small is not dead
         order = torch.randperm(hidden, generator=trial.generator)
         w, b = w[:, order], b[order]
