@@ -23,6 +23,7 @@ from llm_atlas.recipes.activations import (
     LENGTH,
     NEAR_RATES,
     SETTINGS,
+    TUNED_RATE,
     TUNING_SEEDS,
     forward_flops,
     load_relu_bytes,
@@ -175,8 +176,8 @@ def test_every_point_is_there(rows):
     first, second = TUNING_SEEDS
     expected = {(kind, lr, first) for kind in KINDS for lr in LEARNING_RATES}
     expected |= {(kind, lr, second) for kind in KINDS for lr in LEARNING_RATES[1:]}
-    expected |= {(kind, BEST[kind], seed) for kind in EQUAL for seed in range(5)}
-    expected |= {(kind, BEST[kind], seed) for kind in WIDE for seed in range(3)}
+    expected |= {(kind, TUNED_RATE, seed) for kind in EQUAL for seed in range(5)}
+    expected |= {(kind, TUNED_RATE, seed) for kind in WIDE for seed in range(3)}
     expected |= {("relu", lr, seed) for lr in HIGH_RATES for seed in range(3)}
     expected |= {("gelu", HIGH_RATES[1], first)}
     expected |= {(kind, lr, seed) for kind in COMPARED for lr in NEAR_RATES for seed in range(5)}
@@ -192,6 +193,12 @@ def test_every_kind_is_compared_at_its_best_rate(rows):
         tried = {
             lr: mean(pick(rows, kind, lr)[seed]["held_out_loss"] for seed in TUNING_SEEDS) for lr in others
         }
+        assert min(tried, key=tried.get) == TUNED_RATE
+        if kind in COMPARED:  # with all seeds at three rates
+            tried = {
+                lr: mean(pick(rows, kind, lr)[seed]["held_out_loss"] for seed in range(5))
+                for lr in (TUNED_RATE, *NEAR_RATES)
+            }
         assert min(tried, key=tried.get) == BEST[kind]
         # The lowest rate was set aside after one seed: worse by more than seeds differ.
         assert pick(rows, kind, low)[0]["held_out_loss"] > pick(rows, kind)[0]["held_out_loss"] + 0.02
@@ -223,7 +230,7 @@ def test_units_die_at_high_rates_alone(rows):
     dead = [mean(mean(row["dead"]) for row in pick(rows, "relu", lr).values()) for lr in HIGH_RATES]
     assert dead == sorted(dead)
     assert dead[0] < 0.05 < dead[1] < dead[2]
-    # They are not what makes a high rate bad: GELU, without any, does as badly there.
+    # They are not what makes a high rate bad: GELU does as badly there.
     relu, gelu = (pick(rows, kind, HIGH_RATES[1])[0]["held_out_loss"] for kind in ("relu", "gelu"))
     assert relu > 2.5
     assert gelu > 2.5

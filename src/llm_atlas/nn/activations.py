@@ -167,7 +167,8 @@ def _share(x: Tensor, approximate: str) -> Tensor:
     if approximate == "none":
         return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
     if approximate == "tanh":
-        return 0.5 * (1 + torch.tanh(_SLOPE * (x + _CUBE * x * x * x)))
+        # (1 + tanh u) / 2 is the sigmoid of 2 u
+        return torch.sigmoid(2 * _SLOPE * x * (1 + _CUBE * x * x))
     raise ValueError(f"approximate {approximate!r} must be 'none' or 'tanh'")
 
 
