@@ -261,8 +261,8 @@ def unit_statistics(
     active, mean, negative, quantiles = [], [], [], []
     for layer, z in enumerate(pre):
         out = feed_forward(model, layer).activation(z).float()
-        # NaN is above no threshold: its units would count as dead.
-        if not out.isfinite().all():
+        # NaN is above no threshold: its units would count as dead. (On the meta device there are no values.)
+        if not out.is_meta and not out.isfinite().all():
             raise ValueError(f"activations of layer {layer} must be finite, some are NaN or infinite")
         active.append((out.abs() > threshold).float().mean(0))
         mean.append(z.float().mean())
