@@ -56,6 +56,10 @@ def tanh_slope(x):
     return torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x)[0]
 
 
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
 def swiglu_backward(grad, gate, up):
     gate, up = gate.requires_grad_(), up.requires_grad_()
     return torch.stack(torch.autograd.grad(F.silu(gate) * up, (gate, up), grad))
@@ -71,7 +75,14 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("swiglu", lambda x, g, u, d: (F.silu(x @ g) * F.silu(x @ u)) @ d, "over both"),
     ("swiglu", lambda x, g, u, d: (F.silu(x @ g) + x @ u) @ d, "a gate multiplies"),
     ("swiglu", lambda x, g, u, d: F.silu(x @ g) @ d, "nothing to gate"),
+    ("swiglu", lambda x, g, u, d: (quick_gelu(x @ g) * (x @ u)) @ d, "sigmoid(1.702 z)"),
     ("gelu", below, "second term is missing"),
+    ("gelu", lambda x: below(x) + x * torch.exp(x**2 / 2) / math.sqrt(2 * math.pi), "its sign is wrong"),
+    ("gelu", lambda x: below(x) + x * phi(x) / math.sqrt(2 * math.pi), "not by 2 pi"),
+    ("gelu", lambda x: below(x) + x * phi(x) / math.sqrt(2), "once too often"),
+    ("gelu", lambda x: (1 + torch.erf(x)) / 2 + x * phi(x), "not erf(x)"),
+    ("gelu", lambda x: below(x) + x * torch.exp(-(x**2)) / math.sqrt(2 * math.pi), "not -x**2"),
+    ("gelu", lambda x: torch.autograd.grad(quick_gelu(x.requires_grad_()).sum(), x)[0], "sigmoid(1.702 x)"),
     ("gelu", lambda x: x * phi(x), "first term is missing"),
     ("gelu", lambda x: below(x) + phi(x), "factor x before"),
     ("gelu", lambda x: below(x) + x * torch.exp(-(x**2) / 2), "1 / sqrt(2 pi)"),
@@ -85,11 +96,21 @@ WRONG: list[tuple[str, Callable[..., Any], str]] = [
     ("geglu", lambda d, g, u: torch.stack([d * slope(g.detach()), d * F.gelu(g)]), "lacks the factor up"),
     ("geglu", lambda d, g, u: torch.stack([d * u * below(g), d * F.gelu(g)]), "second term"),
     ("geglu", lambda d, g, u: torch.stack([d * u * slope(g.detach()), d * g]), "not gate, times grad"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * g * phi(g), d * F.gelu(g)]), "first term"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * slope(g.detach()), d * below(g)]), "not grad * Phi"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * slope(g), d * slope(g)]), "take gelu(gate) itself"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * slope(g), F.gelu(g)]), "missing in up's"),
+    ("geglu", lambda d, g, u: torch.stack([u * slope(g), d * F.gelu(g)]), "missing in the gate's"),
+    ("geglu", lambda d, g, u: torch.stack([u * slope(g), F.gelu(g)]), "the chain rule begins with it"),
+    ("geglu", lambda d, g, u: torch.stack([d * u * (g > 0), d * torch.relu(g)]), "backward of ReGLU"),
     ("geglu", swiglu_backward, "backward of SwiGLU"),
     ("relu", lambda x, w, b: (x @ w + b > 0).any(0), "wrong way round"),
     ("relu", lambda x, w, b: (x @ w + b <= 0).any(0), "is sparse"),
     ("relu", lambda x, w, b: (x @ w + b < 0).all(0), "exactly 0"),
     ("relu", lambda x, w, b: (x @ w + b).mean(0) <= 0, "the mean"),
+    ("relu", lambda x, w, b: torch.relu(x @ w + b).amax(0) < 0.1, "a small activation"),
+    ("relu", lambda x, w, b: torch.relu(x @ w + b).amax(0) < 0.02, "a small activation"),
+    ("relu", lambda x, w, b: ~(x @ w - b > 0).any(0), "bias is subtracted"),
     ("relu", lambda x, w, b: ~(x @ w > 0).any(0), "bias is missing"),
     ("relu", lambda x, w, b: (x @ w + b)[-1] <= 0, "only the last token"),
 ]

@@ -339,6 +339,69 @@ def test_gates_that_are_hardly_ever_zero_need_a_threshold():
     assert (unit_statistics(model, IDS).quantiles[:, 0] >= -0.2785).all()
 
 
+def with_pre_activations(values, dtype=torch.float32):
+    """A model of one layer and two units, whose pre-activations are these two on every token."""
+    config = DecoderConfig(
+        vocab=13, dim=4, layers=1, heads=1, hidden=2, context=32, gated=False, activation="relu"
+    )
+    model = Decoder(config).to(dtype).eval().requires_grad_(False)
+    up = feed_forward(model, 0).up
+    hook = up.register_forward_hook(lambda module, args, out: torch.zeros_like(out) + out.new_tensor(values))
+    return model, hook
+
+
+def test_exactly_zero_is_not_negative_and_the_threshold_itself_is_not_active():
+    model, hook = with_pre_activations([0.0, 0.25])
+    found = unit_statistics(model, IDS, threshold=0.25)
+    assert found.negative.tolist() == [0]
+    assert found.active.tolist() == [[0, 0]]
+    assert unit_statistics(model, IDS).active.tolist() == [[0, 1]]
+    hook.remove()
+    model, hook = with_pre_activations([-0.0, 1e-6])
+    assert unit_statistics(model, IDS).active.tolist() == [[0, 1]]  # little is not dead
+    assert unit_statistics(model, IDS).negative.tolist() == [0]
+
+
+def test_a_unit_that_is_hardly_ever_active_is_not_dead():
+    model, ids = made(False, "relu"), torch.zeros(13, 32, dtype=torch.long)
+    ids[-1, -1] = 1  # 1 of 416 tokens: fewer than one in a hundred
+    up = feed_forward(model, 0).up
+    rare = torch.full((13, 32), -1.0)
+    rare[-1, -1] = 1.0
+    with hooked([(up, lambda module, args, kwargs, out: rare[..., None].expand_as(out))]):
+        found = unit_statistics(model, ids)
+    assert found.active[0].tolist() == pytest.approx([1 / 416] * 24)
+    assert float(found.dead[0]) == 0
+
+
+def test_statistics_of_16_bits_are_taken_in_float32():
+    model = made(False, "gelu").bfloat16()
+    found, pre = unit_statistics(model, IDS), pre_activations(model, IDS).flatten(1, 2)
+    assert pre.dtype == torch.bfloat16
+    for field in (found.active, found.mean, found.negative, found.quantiles, found.dead):
+        assert field.dtype == torch.float32
+    for layer, z in enumerate(pre):
+        exact = sum(z.flatten().tolist()) / z.numel()
+        assert float(found.mean[layer]) == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(None, 1), (1, 5), (2, 3), (5, 1)])
+def test_so_many_texts_at_a_time_go_through_the_model(rows, calls):
+    model, seen = made(False, "relu"), []
+    ids = torch.cat([IDS, IDS.flip(1), IDS[:1]])
+    with hooked([(model.blocks[0], lambda module, args, kwargs, out: seen.append(len(out)))]):
+        pre_activations(model, ids, rows=rows)
+    assert len(seen) == calls
+    assert max(seen) == (5 if rows is None else rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_not_counted_as_dead(value):
+    model, _ = with_pre_activations([1.0, value])
+    with pytest.raises(ValueError, match="activations of layer 0 must be finite, some are NaN or infinite"):
+        unit_statistics(model, IDS)
+
+
 def test_mistakes_about_units():
     model = made(True, "silu")
     with pytest.raises(ValueError, match="layer 3 is not one of the model's 3"):

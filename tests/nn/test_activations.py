@@ -24,7 +24,7 @@ from llm_atlas.nn.activations import (
     swiglu,
     swiglu_backward,
 )
-from llm_atlas.nn.feedforward import GatedFeedForward
+from llm_atlas.nn.feedforward import GatedFeedForward, gated_hidden
 
 X = torch.linspace(-6, 6, 101)
 PAIRS = [
@@ -358,6 +358,26 @@ def test_the_readable_gate_is_that_of_transformers(family):
             lambda: gelu_derivative(torch.arange(3)),
             TypeError,
             "x must hold floating-point numbers, got torch.int64",
+        ),
+        (
+            lambda: relu(torch.arange(3)),
+            TypeError,
+            "x must hold floating-point numbers, got torch.int64",
+        ),
+        (
+            lambda: relu_derivative(X > 0),
+            TypeError,
+            "x must hold floating-point numbers, got torch.bool",
+        ),
+        (
+            lambda: gated_hidden(576.5),
+            ValueError,
+            "dim 576.5 and multiple_of 1 must be whole numbers, at least 1",
+        ),
+        (
+            lambda: find_activation(["relu"]),
+            ValueError,
+            "activation ['relu'] is not one of relu, gelu, gelu_tanh, silu",
         ),
         (
             lambda: find_activation("swish"),

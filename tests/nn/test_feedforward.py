@@ -61,7 +61,7 @@ def test_gated_width_of_equal_parameters():
     assert gated_hidden(8192, multiple_of=256) == 22016  # Llama 65B
     assert gated_hidden(576, multiple_of=256) == 1536  # SmolLM2-135M
     assert feed_forward_parameters(72, gated_hidden(72), gated=True) == feed_forward_parameters(72, 4 * 72)
-    with pytest.raises(ValueError, match="dim 8 and multiple_of 0 must be at least 1"):
+    with pytest.raises(ValueError, match="dim 8 and multiple_of 0 must be whole numbers, at least 1"):
         gated_hidden(8, multiple_of=0)
 
 

@@ -14,13 +14,16 @@ from llm_atlas.models.inspect import feed_forward, unit_statistics
 from llm_atlas.recipes import activations, load_results, write_json
 from llm_atlas.recipes.activations import (
     BEST,
+    COMPARED,
     DIM,
     HIGH_RATES,
     KINDS,
     LAYERS,
     LEARNING_RATES,
     LENGTH,
+    NEAR_RATES,
     SETTINGS,
+    TUNED_RATE,
     TUNING_SEEDS,
     forward_flops,
     load_relu_bytes,
@@ -109,6 +112,57 @@ def test_a_run_is_recorded_and_repeats_itself(some_text):
     assert gated.keys() == first.keys()
 
 
+def test_what_a_run_records_is_what_its_model_does(some_text):
+    """At a rate where units die, so that no two numbers agree by chance."""
+    found = run("relu", 0.1, 0, steps=100, ids=some_text)
+    text, rest = split_held_out(some_text)
+    curve, units = [], None
+    windows = held_out_windows(rest, batch=256, length=LENGTH)
+
+    def look(step, model):
+        if step == 99:
+            curve.append(float(unit_statistics(model, windows[:64, :-1]).dead.mean()))
+
+    model, rows = train("relu", 0.1, 0, steps=100, ids=text, look=look)
+    units = unit_statistics(model, windows[:64, :-1])
+    assert found["held_out_loss"] == measure(model, windows)
+    assert found["train_loss"] == pytest.approx(mean(row["loss"] for row in rows[-20:]))
+    assert found["loss_curve"][0] == pytest.approx(mean(row["loss"] for row in rows[:20]))
+    assert found["pre_activation_negative"] == units.negative.tolist()
+    assert found["pre_activation_mean"] == units.mean.tolist()
+    assert found["dead"] == units.dead.tolist()
+    assert found["active_share"] == units.active_share.tolist()
+    start = float(unit_statistics(make_model("relu", 0), windows[:64, :-1]).dead.mean())
+    assert found["dead_curve"] == [start, *curve]
+    assert curve[0] > start + 0.01
+    assert all(share > 0.51 for share in found["pre_activation_negative"])
+
+
+def test_the_rate_warms_up_and_falls_to_zero(some_text, monkeypatch):
+    rates = []
+
+    def spy(model, draw, loss, *, steps, optimizer, on_step, **rest):
+        for step in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            on_step(step, {})
+        return []
+
+    monkeypatch.setattr(activations, "fit", spy)
+    train("relu", 1.0, 0, steps=80, ids=some_text)
+    assert rates[:40] == pytest.approx([(step + 1) / 40 for step in range(40)])
+    half = [0.5 * (1 + math.cos(math.pi * done / 40)) for done in range(40)]
+    assert rates[40:] == pytest.approx(half)
+    assert 0 < rates[-1] < 0.002
+    assert rates[60] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("stop", [0, -1, 51])
+def test_a_stop_outside_the_steps(some_text, stop):
+    with pytest.raises(ValueError, match=f"stop {stop} must be from 1 to 50, the number of steps"):
+        train("relu", 4e-3, 0, steps=50, stop=stop, ids=some_text)
+
+
 def test_stopped_early_is_the_beginning_of_the_whole(some_text):
     seen = []
     _, whole = train("gelu", 4e-3, 0, steps=50, ids=some_text, look=lambda step, model: seen.append(step))
@@ -122,10 +176,11 @@ def test_every_point_is_there(rows):
     first, second = TUNING_SEEDS
     expected = {(kind, lr, first) for kind in KINDS for lr in LEARNING_RATES}
     expected |= {(kind, lr, second) for kind in KINDS for lr in LEARNING_RATES[1:]}
-    expected |= {(kind, BEST[kind], seed) for kind in EQUAL for seed in range(5)}
-    expected |= {(kind, BEST[kind], seed) for kind in WIDE for seed in range(3)}
+    expected |= {(kind, TUNED_RATE, seed) for kind in EQUAL for seed in range(5)}
+    expected |= {(kind, TUNED_RATE, seed) for kind in WIDE for seed in range(3)}
     expected |= {("relu", lr, seed) for lr in HIGH_RATES for seed in range(3)}
     expected |= {("gelu", HIGH_RATES[1], first)}
+    expected |= {(kind, lr, seed) for kind in COMPARED for lr in NEAR_RATES for seed in range(5)}
     assert found == expected
     assert len(rows) == len(found) == len(points())
     settings = load_results("activations")["settings"]
@@ -138,6 +193,12 @@ def test_every_kind_is_compared_at_its_best_rate(rows):
         tried = {
             lr: mean(pick(rows, kind, lr)[seed]["held_out_loss"] for seed in TUNING_SEEDS) for lr in others
         }
+        assert min(tried, key=tried.get) == TUNED_RATE
+        if kind in COMPARED:  # with all seeds at three rates
+            tried = {
+                lr: mean(pick(rows, kind, lr)[seed]["held_out_loss"] for seed in range(5))
+                for lr in (TUNED_RATE, *NEAR_RATES)
+            }
         assert min(tried, key=tried.get) == BEST[kind]
         # The lowest rate was set aside after one seed: worse by more than seeds differ.
         assert pick(rows, kind, low)[0]["held_out_loss"] > pick(rows, kind)[0]["held_out_loss"] + 0.02
@@ -169,7 +230,7 @@ def test_units_die_at_high_rates_alone(rows):
     dead = [mean(mean(row["dead"]) for row in pick(rows, "relu", lr).values()) for lr in HIGH_RATES]
     assert dead == sorted(dead)
     assert dead[0] < 0.05 < dead[1] < dead[2]
-    # They are not what makes a high rate bad: GELU, without any, does as badly there.
+    # They are not what makes a high rate bad: GELU does as badly there.
     relu, gelu = (pick(rows, kind, HIGH_RATES[1])[0]["held_out_loss"] for kind in ("relu", "gelu"))
     assert relu > 2.5
     assert gelu > 2.5

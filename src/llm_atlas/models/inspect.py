@@ -263,7 +263,7 @@ def unit_statistics(
     active on no token gets no gradient from this text and is called dead. SiLU and GELU are hardly ever exactly
     zero: there `threshold` says what counts as off. Quantiles are of all tokens and units of a layer, the
     value at the nearest rank. In float32. `rows` and memory as in `pre_activations`.
-    Errors: ValueError for a threshold below 0 and for levels outside [0, 1].
+    Errors: ValueError for a threshold below 0, for levels outside [0, 1], and where an activation is NaN or infinite.
     Dead units: Glorot, Bordes and Bengio 2011, section 3 (AISTATS); sparsity in transformers: Li et al. 2022,
     section 2 (arXiv 2210.06313).
     """
@@ -275,6 +275,9 @@ def unit_statistics(
     active, mean, negative, quantiles = [], [], [], []
     for layer, z in enumerate(pre):
         out = feed_forward(model, layer).activation(z).float()
+        # NaN is above no threshold: its units would count as dead. (On the meta device there are no values.)
+        if not out.is_meta and not out.isfinite().all():
+            raise ValueError(f"activations of layer {layer} must be finite, some are NaN or infinite")
         active.append((out.abs() > threshold).float().mean(0))
         mean.append(z.float().mean())
         negative.append((z < 0).float().mean())

@@ -24,6 +24,7 @@ def relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     The gradient at 0 is taken to be 0, as in torch. Nair and Hinton 2010, section 2 (ICML); in the
     transformer Vaswani et al. 2017, section 3.3 (arXiv 1706.03762).
     """
+    _check_floating(x)
     # What is not above 0 becomes 0. x.clamp(min=0) has these values too, but the gradient 1 at 0.
     return functional.threshold(x, 0, 0)
 
@@ -31,9 +32,11 @@ def relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def relu_derivative(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     r"""$1$ where $x > 0$ and $0$ elsewhere, at 0 itself too: what `relu` multiplies a gradient with.
 
-    A unit whose input is negative on every token gets the gradient 0 from all of them.
+    A unit whose input is negative on every token gets the gradient 0 from all of them. NaN is not above 0 and
+    gives 0. Errors: TypeError for integers, as in all functions here.
     Glorot, Bordes and Bengio 2011, section 3.1 (AISTATS).
     """
+    _check_floating(x)
     return (x > 0).to(x.dtype)
 
 
@@ -154,7 +157,7 @@ def find_activation(name: str | Activation) -> Activation:
     """An activation by name (a key of `ACTIVATIONS`) or any function of one tensor."""
     if callable(name):
         return name
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
@@ -164,15 +167,20 @@ def _share(x: Tensor, approximate: str) -> Tensor:
     if approximate == "none":
         return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
     if approximate == "tanh":
-        return 0.5 * (1 + torch.tanh(_SLOPE * (x + _CUBE * x * x * x)))
+        # (1 + tanh u) / 2 is the sigmoid of 2 u
+        return torch.sigmoid(2 * _SLOPE * x * (1 + _CUBE * x * x))
     raise ValueError(f"approximate {approximate!r} must be 'none' or 'tanh'")
 
 
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least."""
+    _check_floating(x)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_floating(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_gate(gate: Tensor, up: Tensor, grad: Tensor | None = None) -> None:

@@ -63,11 +63,11 @@ def gated_hidden(dim: int, *, multiple_of: int = 1) -> int:
     r"""Hidden width of a gated layer with the parameters of a plain one of 4 x dim: $\lfloor 8\,\text{dim}/3 \rfloor$.
 
     Two matrices of 4 x dim are three of 8/3 x dim. Then up to the next multiple of `multiple_of`, as Llama's code does
-    for its hardware: dim 4096 and multiples of 256 give 11008. Errors: ValueError below 1.
+    for its hardware: dim 4096 and multiples of 256 give 11008. Errors: ValueError below 1 and for fractions.
     Shazeer 2020, section 2 (arXiv 2002.05202); Touvron et al. 2023, section 2.2 (arXiv 2302.13971).
     """
-    if dim < 1 or multiple_of < 1:
-        raise ValueError(f"dim {dim} and multiple_of {multiple_of} must be at least 1")
+    if dim < 1 or multiple_of < 1 or dim % 1 or multiple_of % 1:
+        raise ValueError(f"dim {dim} and multiple_of {multiple_of} must be whole numbers, at least 1")
     return -(-(8 * dim // 3) // multiple_of) * multiple_of
 
 

@@ -74,6 +74,10 @@ def grade_swiglu(trial: Trial) -> None:
                     "this is a sigmoid gate (GLU); swish is z * sigmoid(z)",
                     lambda g=gate, u=up, d=w_down: (_sigmoid(g) * u) @ d,
                 ),
+                (
+                    "this is z * sigmoid(1.702 z), a quick GELU; swish is z * sigmoid(z)",
+                    lambda g=gate, u=up, d=w_down: (g * _sigmoid(1.702 * g) * u) @ d,
+                ),
                 ("the gate is a GELU here: this is GeGLU", lambda g=gate, u=up, d=w_down: (_gelu(g) * u) @ d),
                 (
                     "the gate is a ReLU here: this is ReGLU",
@@ -138,6 +142,26 @@ def grade_gelu(trial: Trial) -> None:
                     "the exponent of phi is -x**2 / 2, not -x**2",
                     lambda x=x: _below(x) + x * torch.exp(-(x**2)) / math.sqrt(2 * math.pi),
                 ),
+                (
+                    "the exponent of phi is -x**2 / 2: its sign is wrong",
+                    lambda x=x: _below(x) + x * torch.exp(0.5 * x**2) / math.sqrt(2 * math.pi),
+                ),
+                (
+                    "phi is divided by sqrt(2 pi), not by 2 pi",
+                    lambda x=x: _below(x) + x * torch.exp(-0.5 * x**2) / (2 * math.pi),
+                ),
+                (
+                    "phi is divided by sqrt(2) once too often",
+                    lambda x=x: _below(x) + x * _phi(x) / math.sqrt(2),
+                ),
+                (
+                    "Phi(x) needs erf(x / sqrt(2)), not erf(x)",
+                    lambda x=x: 0.5 * (1 + torch.erf(x)) + x * _phi(x),
+                ),
+                (
+                    "this is the derivative of x * sigmoid(1.702 x); take the exact GELU",
+                    lambda x=x: _sigmoid(1.702 * x) * (1 + 1.702 * x * (1 - _sigmoid(1.702 * x))),
+                ),
                 ("the sign of the second term is wrong", lambda x=x: _below(x) - x * _phi(x)),
                 ("this is GELU itself, not its derivative", lambda x=x: _gelu(x)),
                 ("this is the derivative of the tanh form; take the exact one", lambda x=x: _tanh_slope(x)),
@@ -192,6 +216,30 @@ def grade_geglu(trial: Trial) -> None:
                     lambda g=grad, u=up, z=gate, b=to_up: torch.stack([g * u * _below(z), b]),
                 ),
                 (
+                    "the slope of GELU lacks its first term, Phi(x)",
+                    lambda g=grad, u=up, z=gate, b=to_up: torch.stack([g * u * z * _phi(z), b]),
+                ),
+                (
+                    "up's gradient is grad * gelu(gate), not grad * Phi(gate)",
+                    lambda g=grad, z=gate, a=to_gate: torch.stack([a, g * _below(z)]),
+                ),
+                (
+                    "up's gradient has the slope of GELU; up is not inside GELU, so take gelu(gate) itself",
+                    lambda g=grad, z=gate, a=to_gate: torch.stack([a, g * _gelu_slope(z)]),
+                ),
+                (
+                    "grad is missing in up's gradient",
+                    lambda z=gate, a=to_gate: torch.stack([a, _gelu(z)]),
+                ),
+                (
+                    "grad is missing in the gate's gradient",
+                    lambda u=up, z=gate, b=to_up: torch.stack([u * _gelu_slope(z), b]),
+                ),
+                (
+                    "this is the backward of ReGLU; the gate here is a GELU",
+                    lambda g=grad, u=up, z=gate: torch.stack([g * u * (z > 0), g * z.clamp(min=0)]),
+                ),
+                (
                     "up's gradient is gelu(gate), not gate, times grad",
                     lambda g=grad, z=gate, a=to_gate: torch.stack([a, g * z]),
                 ),
@@ -223,15 +271,16 @@ def grade_geglu(trial: Trial) -> None:
     praise="Dead is what no token at all switches on; a unit that most tokens leave off is only sparse.",
 )
 def grade_relu(trial: Trial) -> None:
-    for tokens, dim, hidden in [(3, 3, 6), (4, 3, 8), (9, 4, 12), (40, 6, 20)]:
+    for tokens, dim, hidden in [(3, 3, 7), (4, 3, 8), (9, 4, 12), (40, 6, 20)]:
         x, w, b = trial.normal(tokens, dim), trial.normal(dim, hidden), trial.normal(hidden)
         # What every trial must hold: unit 0 dead, 1 at exactly 0, 2 on by its bias alone, and 3, 4, 5 on for
-        # one token each, the second, the first and the last, unit 4 with a mean below 0.
+        # one token each, the second, the first and the last; 6 is on for the second with a mean below 0.
         x[:, :3] = -1.0
         x[1, 0] = x[0, 1] = x[-1, 2] = 3.0
-        w[:, :6], b[:6] = 0.0, torch.tensor([-1.5, 0.0, 0.5, -0.5, -0.5, -0.5])
+        w[:, :7], b[:7] = 0.0, torch.tensor([-1.5, 0.0, 0.5, -0.5, -0.5, -0.5, -0.9])
         w[0, 3] = w[2, 5] = 1.0 * tokens
-        w[1, 4] = 1.0
+        w[0, 6] = 1.0
+        w[1, 4], b[4] = 0.1, -0.29  # at its peak only 0.01: small is not dead
         order = torch.randperm(hidden, generator=trial.generator)
         w, b = w[:, order], b[order]
         inputs = {"x": x, "w": w, "b": b}
@@ -252,12 +301,17 @@ def grade_relu(trial: Trial) -> None:
                     "an input of exactly 0 passes no gradient either: relu's slope there is 0",
                     lambda z=z: (z < 0).all(0),
                 ),
+                ("only the first token was looked at", lambda z=z: z[0] <= 0),
+                ("only the last token was looked at", lambda z=z: z[-1] <= 0),
                 (
                     "the mean over the tokens says little: one token that switches a unit on is enough",
                     lambda z=z: z.mean(0) <= 0,
                 ),
+                (
+                    "a small activation passes its gradient in full: dead is 0 on all of them, not little",
+                    lambda z=z: z.clamp(min=0).amax(0) < 0.1,
+                ),
+                ("the bias is subtracted; relu takes x @ w + b", lambda v=bare - b: ~(v > 0).any(0)),
                 ("the bias is missing", lambda v=bare: ~(v > 0).any(0)),
-                ("only the first token was looked at", lambda z=z: z[0] <= 0),
-                ("only the last token was looked at", lambda z=z: z[-1] <= 0),
             ],
         )
