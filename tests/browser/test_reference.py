@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from docutils.nodes import make_id
 
 from llm_atlas.book.claims import load_claims
 from llm_atlas.book.concepts import load_concepts
@@ -129,7 +130,9 @@ def test_every_measured_claim_leads_to_the_cell_that_measures_it(opened, site: s
     page = opened("claims.html")
     links = page.get_by_role("link", name="See the cell")
     addresses = [link.get_attribute("href") for link in links.all()]
-    assert addresses == [f"{load_claims()[id_].chapter}.html#claim-{id_}" for id_ in measurements()]
+    assert addresses == [
+        f"{load_claims()[id_].chapter}.html#{make_id(f'claim-{id_}')}" for id_ in measurements()
+    ]
     links.nth(list(measurements()).index("ffn-4x")).click()
     page.wait_for_url(f"{site}{CHAPTER}#claim-ffn-4x")
     assert _in_view(page, "claim-ffn-4x")
