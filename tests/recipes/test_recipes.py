@@ -10,7 +10,16 @@ from torch import nn
 
 from llm_atlas import recipes
 from llm_atlas.core.seeds import generator
-from llm_atlas.recipes import FIELDS, environment, initialize, load_results, one_thread, sweep, write_json
+from llm_atlas.recipes import (
+    FIELDS,
+    environment,
+    initialize,
+    load_results,
+    one_thread,
+    sweep,
+    warmup_then_cosine,
+    write_json,
+)
 
 POINTS = [{"kind": kind, "seed": seed} for seed in (0, 1) for kind in ("a", "b")]
 
@@ -177,3 +186,22 @@ def test_one_thread_within_and_as_many_as_before_afterwards():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_rate_climbs_then_falls_as_half_a_cosine():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_then_cosine(optimizer, steps=6, warmup=2)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1 + 2**-0.5, 1.0, 1 - 2**-0.5])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(6, 0), (6, -1), (6, 7)])
+def test_a_warmup_that_does_not_fit(steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    with pytest.raises(ValueError, match=f"warmup {warmup} must be at least 1 and at most the {steps} steps"):
+        warmup_then_cosine(optimizer, steps=steps, warmup=warmup)

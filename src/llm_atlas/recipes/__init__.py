@@ -154,3 +154,21 @@ def initialize(model: nn.Module, generator: torch.Generator, *, embedding_std: f
         elif isinstance(module, nn.Embedding):
             std = module.embedding_dim**-0.5 if embedding_std is None else embedding_std
             module.weight.normal_(std=std, generator=generator)
+
+
+def warmup_then_cosine(
+    optimizer: torch.optim.Optimizer, *, steps: int, warmup: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    r"""The learning rate of `optimizer` times $(t + 1)/\text{warmup}$, then half a cosine from 1 to 0 at `steps`.
+
+    Call its `step` after every update. Errors: ValueError for a warm-up below 1 or longer than `steps`.
+    Loshchilov and Hutter 2016, equation 5 (arXiv 1608.03983), without restarts.
+    """
+    if not 1 <= warmup <= steps:
+        raise ValueError(f"warmup {warmup} must be at least 1 and at most the {steps} steps")
+
+    def share(step: int) -> float:
+        done = (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)

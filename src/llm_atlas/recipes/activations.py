@@ -30,7 +30,7 @@ from llm_atlas.core.weights import load_safetensors, save_safetensors
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.inspect import unit_statistics
 from llm_atlas.nn.feedforward import feed_forward_flops, feed_forward_parameters, gated_hidden
-from llm_atlas.recipes import environment, initialize, one_thread, sweep, write_json
+from llm_atlas.recipes import environment, initialize, one_thread, sweep, warmup_then_cosine, write_json
 from llm_atlas.recipes.byte_models import batches, held_out_windows, measure, next_byte_loss, unigram_loss
 from llm_atlas.text.corpora import BYTES, byte_ids, king_james, split_held_out
 from llm_atlas.train.loop import Row, fit
@@ -150,13 +150,7 @@ def train(
         raise ValueError(f"stop {stop} must be from 1 to {steps}, the number of steps")
     model = make_model(kind, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    warmup = min(WARMUP, max(1, steps // 2))
-
-    def rate(step: int) -> float:
-        done = (step - warmup) / max(1, steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = warmup_then_cosine(optimizer, steps=steps, warmup=min(WARMUP, max(1, steps // 2)))
 
     def on_step(step: int, row: Row) -> None:
         schedule.step()

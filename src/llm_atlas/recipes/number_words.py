@@ -10,7 +10,6 @@ trains it again and writes assets/models/number-words.safetensors, and the facts
 
 import itertools
 import json
-import math
 import random
 import time
 import zlib
@@ -37,7 +36,7 @@ from llm_atlas.nn.feedforward import FeedForward
 from llm_atlas.nn.masks import PAD, padding_mask
 from llm_atlas.nn.norm import LayerNorm
 from llm_atlas.nn.positions import SinusoidalPositions
-from llm_atlas.recipes import environment, initialize, one_thread, write_json
+from llm_atlas.recipes import environment, initialize, one_thread, warmup_then_cosine, write_json
 from llm_atlas.train.loop import Row, fit
 
 NAME = "number-words"
@@ -363,13 +362,7 @@ def train(
     initialize(model, generator(seed))
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    warmup = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        done = (step - warmup) / max(1, steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = warmup_then_cosine(optimizer, steps=steps, warmup=max(1, steps // 20))
     rows = fit(
         model,
         training_batches(seed, batch, device),

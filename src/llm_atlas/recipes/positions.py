@@ -28,7 +28,7 @@ from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.families import load_weights
 from llm_atlas.models.inspect import hooked, mixer, position_probe, residual_stream
 from llm_atlas.nn.positions import RelativePositionBias, ShawPositions
-from llm_atlas.recipes import initialize, one_thread, sweep
+from llm_atlas.recipes import initialize, one_thread, sweep, warmup_then_cosine
 from llm_atlas.recipes.byte_models import batches, held_out_windows, next_byte_loss, unigram_loss
 from llm_atlas.text.corpora import BYTES, byte_ids, king_james, split_held_out
 from llm_atlas.train.loop import fit
@@ -192,13 +192,7 @@ def train(
     train, _ = split_held_out(byte_ids(king_james()) if ids is None else ids)
     model = make_model(method, seed, context=context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    warmup = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        done = (step - warmup) / max(1, steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = warmup_then_cosine(optimizer, steps=steps, warmup=max(1, steps // 20))
     rows = fit(
         model,
         batches(train, seed, batch=BATCH, length=LENGTH),
