@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llm_atlas.nn.activations import Activation
 from llm_atlas.nn.attention import MultiHeadAttention
 from llm_atlas.nn.block import Block, Placement
 from llm_atlas.nn.cache import KVCache
@@ -51,7 +52,7 @@ class DecoderConfig:
     context: int
     kv_heads: int | None = None
     head_dim: int | None = None
-    activation: str = "silu"
+    activation: str | Activation = "silu"
     gated: bool = True
     norm: Norm = "rms"
     norm_eps: float = 1e-5
