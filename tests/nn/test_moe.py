@@ -49,6 +49,7 @@ from llm_atlas.nn.moe import (
     z_loss,
 )
 from llm_atlas.nn.norm import RMSNorm
+from llm_atlas.recipes import initialize
 
 DIM, HIDDEN = 10, 6
 SMALL = ExpertsConfig(experts=5, active=2, hidden=HIDDEN)
@@ -404,9 +405,31 @@ def test_drops_are_counted_and_go_through_as_zeros(priority):
 
 def test_capacity_in_numbers():
     assert expert_capacity(1024, 8, 2, 1.25) == 320
-    assert expert_capacity(10, 1, 1, 1.1) == 11  # 11.000000000000002 in floating point
+    assert expert_capacity(110, 1, 1, 1.1) == 121  # 121.00000000000001 in floating point
     assert expert_capacity(10, 3, 1, 1) == 4
     assert expert_capacity(0, 3, 1, 1) == 0
+
+
+def test_by_score_an_expert_keeps_those_that_fit_it_best():
+    router = layer(dataclasses.replace(TIGHT, priority="score")).router
+    routing = router(randn(3, 7, DIM))
+    scores = routing.scores.gather(-1, routing.chosen)
+    turned_away = 0
+    for expert in range(5):
+        here = routing.chosen == expert
+        kept, dropped = scores[here & routing.kept], scores[here & ~routing.kept]
+        turned_away += len(dropped)
+        assert not len(dropped) or kept.min() >= dropped.max()
+    assert turned_away > 3
+
+
+def test_what_is_dropped_is_not_computed():
+    made, x = layer(TIGHT), randn(3, 7, DIM)
+    with FlopCounterMode(display=False) as counter:
+        made(x)
+    kept = int(made.router(x).kept.sum())
+    assert kept < 42
+    assert counter.get_total_flops() == 2 * DIM * (21 * 5 + kept * 3 * HIDDEN)
 
 
 def test_room_for_all_is_no_capacity():
@@ -511,6 +534,7 @@ def test_bias_steps_balance_without_a_gradient():
 def test_forward_does_not_move_the_bias():
     made = layer(DEEPSEEK).train()
     before = made.router.bias.clone()
+    assert not made.router.bias.requires_grad  # or weight decay would pull at it
     made(randn(7, DIM)).sum().backward()
     assert torch.equal(made.router.bias, before)
 
@@ -568,13 +592,9 @@ def test_it_learns_what_one_network_of_its_size_does_not():
     y = torch.einsum("td,tde->te", x, maps[kind])
     config = ExpertsConfig(experts=8, active=2, hidden=HIDDEN)
     mixed, plain = MixtureOfExperts(DIM, config), GatedFeedForward(DIM, 2 * HIDDEN)
-    with torch.no_grad():
-        mixed.router.reset_parameters(draw)
-        mixed.experts.reset_parameters(draw)
-        for weight in plain.parameters():
-            weight.normal_(std=weight.shape[-1] ** -0.5, generator=draw)
     loss = {}
     for made in (mixed, plain):
+        initialize(made, draw)
         optimizer = torch.optim.Adam(made.parameters(), lr=0.01)
         for _ in range(150):
             optimizer.zero_grad()
@@ -623,12 +643,12 @@ def test_dtype_goes_through(compute, dtype):
 
 
 def test_drawn_with_a_generator_the_weights_are_the_same_again():
-    made = [MixtureOfExperts(DIM, DEEPSEEK) for _ in range(2)]
+    made = [layer(DEEPSEEK, seed) for seed in range(2)]
     for module in made:
-        module.router.reset_parameters(rng(4))
-        module.experts.reset_parameters(rng(5))
-    assert torch.equal(made[0].router.weight, made[1].router.weight)
-    assert torch.equal(made[0].experts.down, made[1].experts.down)
+        initialize(module, rng(4))
+    for (name, one), other in zip(made[0].named_parameters(), made[1].parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert not made[0].router.bias.any()
     big = Experts(4, 64, 256)
     big.reset_parameters(rng(0))
     assert_close(big.gate.std().item(), 64**-0.5, rtol=0.05, atol=0)

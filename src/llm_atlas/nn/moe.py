@@ -172,7 +172,7 @@ def expert_capacity(tokens: int, experts: int, active: int, factor: int | float)
     """
     _check_choice(experts, active, 1, 1)
     _check_factor(factor)
-    # 1.1 * 10 is a little over 11 in floating point, and must not become 12.
+    # 1.1 * 110 is a little over 121 in floating point, and must not become 122.
     return math.ceil(factor * tokens * active / experts - 1e-9)
 
 
