@@ -144,8 +144,9 @@ def one_thread() -> Iterator[None]:
 def initialize(model: nn.Module, generator: torch.Generator, *, embedding_std: float | None = None) -> None:
     r"""Draw every matrix anew with `generator`, in the order of the modules; norms keep their ones and zeros.
 
-    Linear: $\mathcal N(0, 1/\text{in features})$, which keeps the size of what comes in (LeCun et al. 1998,
-    section 4.6), biases 0; experts and their router alike. Embedding: standard deviation `embedding_std`, $1/\sqrt{\text{dim}}$ unless given.
+    Linear, experts and their router: $\mathcal N(0, 1/\text{in features})$, which keeps the size of what comes in
+    (LeCun et al. 1998, section 4.6), biases 0. Embedding: standard deviation `embedding_std`, $1/\sqrt{\text{dim}}$
+    unless given.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
