@@ -1,6 +1,6 @@
 """A mixture of experts against one gated feed-forward network of as many active weights.
 
-python benchmarks/experts.py --rounds 15
+python benchmarks/experts.py --rounds 9
 
 Top 2 of 8 and top 4 of 32 experts, with as much hidden width in the chosen experts as the network has. Both do the same
 work per token but for the router; what the mixture takes longer is choosing, sorting, products of fewer rows, and
@@ -39,7 +39,7 @@ CONFIGS = (
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0 or mps; unset: the best there is")] = "",
     tokens: Annotated[list[int], typer.Option(help="may be given more than once")] = [1, 32, 512, 2048],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    rounds: Annotated[int, typer.Option(min=1)] = 9,
     out: Annotated[Path, typer.Option(help="where the JSON goes")] = RESULTS / "bench-experts.json",
 ) -> None:
     """How many times as long as its active part alone does a mixture take?"""
