@@ -149,6 +149,20 @@ def test_is_the_attention_of_deepseek_v3(q_rank, layout, absorb, bias):
         p.copy_(kept)
 
 
+def test_small_inputs_meet_the_same_eps():
+    config, theirs = deepseek(Q_RANK)
+    x, positions = 1e-3 * randn(2, 9, DIM, seed=2), torch.arange(9)[None]
+    expected = oracle(theirs, config, x, positions, causal_mask(9)[None, None])
+    ours = loaded(theirs, Q_RANK)
+    assert error(ours(x), expected) < 1e-5
+    for norm in (ours.q_norm, ours.kv_norm):
+        norm.eps = 1e-5
+        assert error(ours(x), expected) > 1e-3
+        norm.eps = 1e-6
+    other = loaded(theirs, Q_RANK, norm_eps=1e-5)
+    assert (other.q_norm.eps, other.kv_norm.eps) == (1e-5, 1e-5)
+
+
 @ABSORB
 @Q_RANKS
 def test_is_the_attention_of_deepseek_v3_with_padding_and_a_cache(q_rank, absorb):
@@ -316,11 +330,20 @@ def test_gradients_are_the_same_both_ways(q_rank):
 
 @ABSORB
 def test_both_attention_functions_agree(absorb):
+    calls = []
+
+    def counting(q, k, v, **how):
+        calls.append((k.shape[1], v.shape[-1]))
+        return scaled_dot_product_attention(q, k, v, **how)
+
     x, cache = randn(2, 7, DIM), [KVCache(1), KVCache(1)]
-    m, readable = layer(absorb=absorb), layer(absorb=absorb, attend=scaled_dot_product_attention)
+    m, readable = layer(absorb=absorb), layer(absorb=absorb, attend=counting)
     for start, end in ((0, 4), (4, 5), (5, 7)):  # the fused one has a way of its own for one new token
         a, b = (f(x[:, start:end], cache=c[0]) for f, c in zip((m, readable), cache, strict=True))
         assert error(a, b) < 1e-5
+    assert (
+        calls == [(1, KV_RANK) if absorb else (HEADS, VALUE_DIM)] * 3
+    )  # key heads, and what stands for values
 
 
 def test_the_two_functions_share_the_signature_and_attend_fits():
@@ -366,6 +389,13 @@ def test_left_padding_changes_nothing(absorb):
     assert torch.isfinite(out).all()
     for i, row in enumerate(rows):
         assert error(out[i, -len(row) :], m(row[None])[0]) < 1e-5
+
+
+def test_values_are_as_wide_as_content_keys_unless_told():
+    m = LatentAttention(DIM, HEADS, kv_rank=KV_RANK, rope_dim=ROPE_DIM, head_dim=HEAD_DIM)
+    assert m.out.in_features == HEADS * HEAD_DIM
+    assert m(randn(2, 3, DIM)).shape == (2, 3, DIM)
+    assert m.scale == pytest.approx((HEAD_DIM + ROPE_DIM) ** -0.5)
 
 
 def test_only_distances_count():

@@ -68,7 +68,8 @@ def absorbed_attention(
     between, all heads share one key head $[c_j; k^R_j]$ and one value head $c_j$: multi-query attention. Without the
     split into content and rotary features this would fail: a rotation stands between $q$ and $U^K$ that depends on
     both positions. `scale` has to be given, since $1/\sqrt{\text{features}}$ of these longer queries is not that of
-    the heads. Memory keys x (kv_rank + rope_dim). DeepSeek-V2, sections 2.1.2 and 2.1.3 (arXiv 2405.04434).
+    the heads. Memory keys x (kv_rank + rope_dim), if `attend` repeats no key for the heads that share it (the fused
+    one does not for one new token). DeepSeek-V2, sections 2.1.2 and 2.1.3 (arXiv 2405.04434).
     """
     q = torch.einsum("bhqd,hdr->bhqr", q, k_up)
     q = torch.cat([q, q_rotary], dim=-1)
