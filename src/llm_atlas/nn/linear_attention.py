@@ -79,9 +79,10 @@ class RandomFeatures(nn.Module):
             raise ValueError(f"dim {dim} and features {features} must be at least 1")
         blocks = []
         for start in range(0, features, dim):
-            normal = torch.randn(dim, dim, generator=generator)
+            q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+            q = q * r.diagonal().sign()  # as QR leaves them, the signs of q are no accident
             lengths = torch.randn(dim, dim, generator=generator).norm(dim=-1, keepdim=True)
-            blocks.append((torch.linalg.qr(normal).Q.T * lengths)[: features - start])
+            blocks.append((q.T * lengths)[: features - start])
         self.directions: Tensor
         self.register_buffer("directions", torch.cat(blocks))
 
@@ -431,10 +432,7 @@ def _prepare(
     log_decay: Tensor | None,
     state: Tensor | None = None,
 ) -> _Prepared:
-    if normalize and isinstance(feature_map, str) and feature_map in _SIGNED:
-        raise ValueError(
-            f"{feature_map} features may be negative and their sum 0: use normalize=False with them"
-        )
+    _check_normalizer(feature_map, normalize)
     wide = torch.promote_types(q.dtype, torch.float32)
     features = find_feature_map(feature_map)
     q, k, v = features(q.to(wide)), features(k.to(wide)), v.to(wide)
@@ -591,6 +589,13 @@ def _check_recurrent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> No
         )
 
 
+def _check_normalizer(feature_map: str | FeatureMap, normalize: bool) -> None:
+    if normalize and isinstance(feature_map, str) and feature_map in _SIGNED:
+        raise ValueError(
+            f"{feature_map} features may be negative and their sum 0: use normalize=False with them"
+        )
+
+
 def _check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1 token")
@@ -656,7 +661,7 @@ def linear_state_size(heads: int, features: int, value_dim: int, *, normalize: b
 
 def linear_attention_flops(
     features: int, value_dim: int, *, form: Form, seq: int, chunk: int = 64, normalize: bool = True
-) -> float:
+) -> int:
     r"""FLOPs a token and head of the additive rule's matrix products, forward, a multiply and an add counted as two.
 
     parallel: $2T(d_k + d_v)$, all pairs as `linear_attention` computes them; recurrent: $4 d_k d_v$, a write and a
@@ -682,7 +687,7 @@ def delta_rule_flops(dim: int, value_dim: int, *, form: Form, seq: int, chunk: i
     if form == "parallel":
         raise ValueError("the delta rule has no parallel form: what a token writes depends on the state")
     if form == "recurrent":
-        return 6 * dim * value_dim
+        return 6.0 * dim * value_dim
     c = min(chunk, seq)
     solve = c * (dim + value_dim)
     maps = 2 * dim * dim + 2 * dim * value_dim + 2 * dim * dim * value_dim / c
@@ -766,6 +771,7 @@ class LinearAttention(nn.Module):
             normalize = kind == "linear" and feature_map not in _SIGNED
         if normalize and "delta" in kind:
             raise ValueError("the delta rule has no normaliser: its state holds values, not sums of them")
+        _check_normalizer(feature_map, normalize)
         self.kind, self.heads, self.kv_heads, self.head_dim = kind, heads, kv_heads, head_dim
         self.feature_map, self.normalize, self.chunk, self.conv = feature_map, normalize, chunk, conv
         widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
@@ -847,10 +853,11 @@ class LinearAttention(nn.Module):
     def log_decay(
         self, x: Float[Tensor, "batch seq dim"]
     ) -> Float[Tensor, "batch kv_heads seq _channels"] | None:
-        """Log of each token's decay, float32; None where nothing decays."""
+        """Log of each token's decay, in float32; None where nothing decays."""
         if self.decay is not None:
-            return functional.logsigmoid(split_heads(self.decay(x), self.kv_heads).float())
-        if self.kind == "linear" or self.kind == "delta":
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return functional.logsigmoid(split_heads(self.decay(x), self.kv_heads).to(wide))
+        if self.kind in ("linear", "delta"):
             return None
         return self.fixed_log_decay.expand(x.shape[0], -1, x.shape[1], -1)
 
@@ -878,12 +885,10 @@ def short_convolution(
     if real is not None:
         # Padding, then what came before, then the real tokens: neighbours stand side by side.
         real = real.expand(rows, seq)
-        order = (
-            torch.cat([real.new_ones(rows, width - 1), real], dim=1).to(torch.int8).argsort(1, stable=True)
-        )
-        window = window.masked_fill(~functional.pad(real, (width - 1, 0), value=True)[..., None], 0.0)
-        window = window.take_along_dim(order[..., None], dim=1)
-        back = order.argsort(1)[:, width - 1 :, None]
+        behind = torch.cat([real.new_ones(rows, width - 1), real], dim=1)
+        order = behind.to(torch.int8).argsort(dim=1, stable=True)
+        window = window.masked_fill(~behind[..., None], 0.0).take_along_dim(order[..., None], dim=1)
+        back = order.argsort(dim=1)[:, width - 1 :, None]
     kept = window[:, seq:]
     if back is None:
         out = functional.conv1d(window.transpose(1, 2), taps[:, None, :].to(x.dtype), groups=features)
