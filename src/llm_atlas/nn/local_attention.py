@@ -63,7 +63,6 @@ def local_attention(
             f"a window to both sides needs as many queries as keys, got queries {queries} and keys {keys}"
         )
     block = _block(window, block)
-    window = min(window, keys)  # a longer one sees no more
     bare = q.dim() == k.dim() == 2
     q, k, v = (t[None] if t.dim() == 2 else t for t in (q, k, v))
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3])
@@ -125,8 +124,9 @@ def _blocks(
     block: int,
 ) -> Tensor:
     batch, queries, past = q.shape[0], q.shape[-2], k.shape[-2] - q.shape[-2]
-    count, ahead = -(-queries // block), 0 if is_causal else window
-    rest, front, span = count * block - queries, window - past, window + block + ahead
+    reach = min(window, k.shape[-2])  # in slots; in positions, which may leave some out, it stays as it is
+    count, ahead = -(-queries // block), 0 if is_causal else reach
+    rest, front, span = count * block - queries, reach - past, reach + block + ahead
 
     q_positions = functional.pad(positions[:, past:], (0, rest), value=PAD).unflatten(1, (count, block))
     k_positions = functional.pad(positions, (front, rest + ahead), value=PAD).unfold(1, span, block)
@@ -178,7 +178,7 @@ def _rows_of_positions(positions: Tensor, lead: torch.Size, keys: int) -> tuple[
     if positions.shape[-1:] != (keys,):
         raise ValueError(f"positions have shape {tuple(positions.shape)}, but there are {keys} keys")
     flat = positions.reshape(-1, keys)
-    if len(flat) > 1 or positions.dim() - 1 > len(lead):
+    if len(flat) > 1:
         try:
             flat = positions.expand(*lead, keys).reshape(-1, keys)
         except RuntimeError:
