@@ -794,9 +794,28 @@ class LinearAttention(nn.Module):
             self.register_buffer("fixed_log_decay", retention_log_decay(self.kv_heads), persistent=False)
             return
         self.decay = nn.Linear(dim, self.kv_heads * channels)
-        forgotten = torch.exp2(-torch.linspace(5, 9, self.kv_heads))
-        with torch.no_grad():
-            self.decay.bias.copy_(torch.logit(1 - forgotten).repeat_interleave(channels))
+        self._open_gates()
+
+    @torch.no_grad()
+    def _open_gates(self) -> None:
+        forgotten = torch.exp2(-torch.linspace(5, 9, self.kv_heads, device=self.decay.bias.device))
+        channels = len(self.decay.bias) // self.kv_heads
+        self.decay.bias.copy_(torch.logit(1 - forgotten).repeat_interleave(channels))
+
+    @torch.no_grad()
+    def draw_gates(self, generator: torch.Generator) -> None:
+        """Decays and convolution as a new layer has them, for code that draws a model's matrices by itself."""
+        if self.decay is not None:
+            self._open_gates()
+        if self.taps is not None:
+            self.taps.uniform_(-1, 1, generator=generator).div_(math.sqrt(self.conv))
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that a cache keeps of one row, at any length: the states, and the convolution's last inputs."""
+        features = feature_size(self.feature_map, self.head_dim)
+        inputs = 0 if self.taps is None else self.taps.shape[0] * (self.conv - 1)
+        return inputs + linear_state_size(self.kv_heads, features, self.head_dim, normalize=self.normalize)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_atlas.core.assets import bundled
+from llm_atlas.nn.linear_attention import LinearAttention
 
 FIELDS = ("recipe", "command", "hardware", "versions", "seeds", "settings", "rows")
 """What every file of results holds, in this order."""
@@ -144,7 +145,8 @@ def initialize(model: nn.Module, generator: torch.Generator, *, embedding_std: f
     r"""Draw every matrix anew with `generator`, in the order of the modules; norms keep their ones and zeros.
 
     Linear: $\mathcal N(0, 1/\text{in features})$, which keeps the size of what comes in (LeCun et al. 1998,
-    section 4.6), biases 0. Embedding: standard deviation `embedding_std`, $1/\sqrt{\text{dim}}$ unless given.
+    section 4.6), biases 0. Embedding: standard deviation `embedding_std`, $1/\sqrt{\text{dim}}$ unless given. Gates of
+    linear attention begin as `LinearAttention.draw_gates` says.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -154,6 +156,9 @@ def initialize(model: nn.Module, generator: torch.Generator, *, embedding_std: f
         elif isinstance(module, nn.Embedding):
             std = module.embedding_dim**-0.5 if embedding_std is None else embedding_std
             module.weight.normal_(std=std, generator=generator)
+    for module in model.modules():
+        if isinstance(module, LinearAttention):
+            module.draw_gates(generator)
 
 
 def warmup_then_cosine(
