@@ -120,11 +120,14 @@ def fused_attention(
     elif is_causal and mask is not None:
         mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
     shared = q.dim() > 2 and k.dim() > 2 and q.shape[-3] > k.shape[-3] and (k.shape[-3] > 1 or q.dim() == 4)
-    if shared and q.shape[-2] == 1 and (mask is None or (mask.dim() == 4 and mask.shape[-3] == 1)):
-        # One new token: the heads of a group become the queries of one head, and no key is repeated.
-        grouped = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
+    few = q.shape[-2] == 1 or q.shape[-2] < k.shape[-2]
+    if shared and few and (mask is None or (mask.dim() == 4 and mask.shape[-3] == 1)):
+        # New tokens behind a cache: the heads of a group become queries of one head, and no key is repeated.
+        grouped = q.unflatten(-3, (k.shape[-3], -1)).flatten(-3, -2)
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask.repeat(1, 1, q.shape[-3] // k.shape[-3], 1)
         out = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-        return out.flatten(-3, -2).unsqueeze(-2)
+        return out.unflatten(-2, (-1, q.shape[-2])).flatten(-4, -3)
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared
     )
