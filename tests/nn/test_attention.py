@@ -467,6 +467,28 @@ def test_behind_any_cache_a_window_is_that_of_the_whole(chunks, padding, rolls):
         assert cache[0].read()[0].shape[2] == rolls
 
 
+class Late(PositionScheme):
+    """A bias that is not the same for all pairs of one distance: keys late in the text count more."""
+
+    def bias(self, q, query_positions, key_positions):
+        return 0.01 * (key_positions.float() ** 2)[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
+
+
+@pytest.mark.parametrize("rolls", [False, True])
+def test_a_bias_within_a_window_is_given_the_places_in_the_text(rolls):
+    near, full = near_and_full(4, positions=Late())
+    x, cache = (
+        randn(2, 20, 16),
+        KVCache(1, layer=partial(RollingLayerCache, window=4) if rolls else LayerCache),
+    )
+    wanted = full(x, mask=sliding_window_mask(20, window=4)[None, None])
+    out = [
+        near(part, positions=cache.place(part.shape[1]), cache=cache[0])
+        for part in x.split([9, 1, 10], dim=1)
+    ]
+    assert_close(torch.cat(out, dim=1), wanted, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rolls", [False, True])
 def test_behind_a_cache_that_no_model_places_a_window_is_that_of_the_whole(rolls):
     near, full = near_and_full(4)
