@@ -155,6 +155,10 @@ class DecoderConfig:
             raise ValueError(
                 f"kv_heads {self.kv_heads} has no meaning with latent attention: its heads share a latent"
             )
+        if self.latent is not None and self.qk_norm:
+            raise ValueError(
+                "qk_norm goes with key heads, and latent attention has none: its latents are normalised"
+            )
         if self.linear is not None and self.positions in ("alibi", "t5", "shaw"):
             raise ValueError(
                 f"linear attention has no logits that positions {self.positions!r} could be added to"

@@ -133,8 +133,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
     """A transformers configuration (as a dict) of the families `llama`, `mistral`, `qwen3` and `smollm3`.
 
-    Mistral's `sliding_window` (None in its later models) becomes the window of every layer. Unsupported options are named. SmolLM3 leaves positions out in some layers, every fourth one unless
-    `no_rope_layers` (1 where a layer has rotary positions, 0 where it has none) says otherwise.
+    Mistral's `sliding_window` (None in its later models) becomes the window of every layer. Unsupported options are
+    named. SmolLM3 leaves positions out in some layers, every fourth one unless `no_rope_layers` (1 where a layer has
+    rotary positions, 0 where it has none) says otherwise.
     """
     kind = config.get("model_type")
     if kind not in ("llama", "mistral", "qwen3", "smollm3"):
@@ -219,8 +220,8 @@ def gpt2_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[s
     """All tensors of a GPT-2 or GPT-BigCode checkpoint under our names.
 
     Query, key and value stand side by side in one matrix, which is cut in three. GPT-2 multiplies from the other side
-    (`x @ weight`), so its matrices are transposed; GPT-BigCode's, with fewer key heads, are not. Names may begin with `transformer.`; the constant causal masks
-    of old files and the head's copy of the tied embedding are left out.
+    (`x @ weight`), so its matrices are transposed; GPT-BigCode's, with fewer key heads, are not. Names may begin with
+    `transformer.`; the constant causal masks of old files and the head's copy of the tied embedding are left out.
     """
     read: dict[str, Tensor] = {}
     for name, tensor in weights.items():

@@ -58,7 +58,8 @@ def group_kv_heads(
     if config.latent is not None or config.linear is not None:
         raise ValueError("only softmax attention has key and value heads to group")
     heads = config.heads if config.kv_heads is None else config.kv_heads
-    grouped = Decoder(dataclasses.replace(config, kv_heads=kv_heads)).to(model.embed.weight)
+    with torch.device(model.embed.weight.device):
+        grouped = Decoder(dataclasses.replace(config, kv_heads=kv_heads)).to(model.embed.weight)
     state = model.state_dict()
     for name in state:
         if ".mixer.sublayer.k." in name or ".mixer.sublayer.v." in name:

@@ -72,7 +72,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "steps": 500,
     },
 }
-RATE = 3e-3
+RATES = {"language": (3e-3,), "recall": (3e-3, 1e-2)}
+"""Linear kinds learn to recall at the higher rate, softmax kinds at both: every variant gets its better one."""
 POOLINGS = ("mean", "first", "random")
 GROUPS = (4, 2, 1)
 UPTRAINING = 0.05
@@ -88,8 +89,10 @@ SETTINGS = {
     "pairs": PAIRS,
     "keys": KEYS,
     "corpus": "king-james, one token a byte; the last tenth held out",
-    "recall": "every token also carries a vector of the token before it; only values that are asked for count",
-    "optimizer": f"AdamW, weight decay 0.01, rate {RATE} for all; 5% warm-up, then a half cosine to zero; gradient"
+    "rates": RATES,
+    "recall": "every token also carries a vector of the token before it, so linear layers have no convolution; only"
+    " values that are asked for count",
+    "optimizer": "AdamW, weight decay 0.01; 5% warm-up, then a half cosine to zero; gradient"
     " clipped to length 1",
     "conversion": f"of the trained mha models, then {UPTRAINING:.0%} of the steps at rate {UPTRAINING_RATE}",
     "units": "losses in nats; recall: share of values said right, by number of pairs",
@@ -115,6 +118,8 @@ def make_config(variant: str, task: str) -> DecoderConfig:
         **SHAPE, vocab=of["vocab"], layers=of["layers"], hidden=of["hidden"], context=of["length"], tied=False
     )
     mine = replace(full, **changed(variant))
+    if task == "recall" and mine.linear is not None:
+        mine = replace(mine, linear=replace(mine.linear, conv=0))  # `Recall` does what it is for
     unit = of["layers"] * 3 * SHAPE["dim"]  # parameters that a hidden unit in every layer has
     return replace(mine, hidden=mine.hidden + round((parameters(full) - parameters(mine)) / unit))
 
@@ -203,8 +208,8 @@ def train(
     seed: int,
     *,
     ids: Int[Tensor, " bytes"],
+    rate: float,
     steps: int | None = None,
-    rate: float = RATE,
     stop: int | None = None,
 ) -> list[float]:
     """Train in place; the mean loss of every tenth of the steps. `stop` ends early, at the rates of the whole.
@@ -237,7 +242,7 @@ def train(
 def _trained(seed: int) -> Decoder:
     """The multi-head model of the language task, trained: what conversions begin with."""
     model = make_model("mha", "language", seed)
-    train(model, "language", seed, ids=split_held_out(byte_ids(king_james()))[0])
+    train(model, "language", seed, ids=split_held_out(byte_ids(king_james()))[0], rate=RATES["language"][0])
     return model
 
 
@@ -248,8 +253,9 @@ def convert(
     seed: int,
     *,
     ids: Int[Tensor, " bytes"],
-    windows: Tensor,
+    windows: Int[Tensor, "batch length"],
     steps: int,
+    rate: float = UPTRAINING_RATE,
 ) -> tuple[Decoder, dict[str, float]]:
     """A grouped copy of `model`, trained on for `steps`; its loss before and after that.
 
@@ -261,13 +267,19 @@ def convert(
         grouped = group_kv_heads(model, groups, how=how, generator=generator(2000 + seed))
     before = measure(grouped.eval(), windows)
     # Windows that the model has not seen in training.
-    train(grouped, "language", 3000 + seed, ids=ids, steps=steps, rate=UPTRAINING_RATE)
+    train(grouped, "language", 3000 + seed, ids=ids, steps=steps, rate=rate)
     return grouped, {"loss_converted": before, "loss_trained_on": measure(grouped.eval(), windows)}
 
 
 @one_thread()
 def run(
-    task: str, variant: str, seed: int, *, steps: int | None = None, ids: Int[Tensor, " bytes"] | None = None
+    task: str,
+    variant: str,
+    rate: float,
+    seed: int,
+    *,
+    steps: int | None = None,
+    ids: Int[Tensor, " bytes"] | None = None,
 ) -> dict[str, Any]:
     """One row: train a variant on a task, or convert a trained model; one to three minutes on one core.
 
@@ -279,9 +291,10 @@ def run(
     if task == "conversion":
         how, groups = variant.split("-")
         few = round(UPTRAINING * TASKS["language"]["steps"]) if steps is None else steps
-        return convert(_trained(seed), int(groups), how, seed, ids=text, windows=windows, steps=few)[1]
+        how_long = {"steps": few, "rate": rate}
+        return convert(_trained(seed), int(groups), how, seed, ids=text, windows=windows, **how_long)[1]
     model = make_model(variant, task, seed)
-    curve = train(model, task, seed, ids=text, steps=steps)
+    curve = train(model, task, seed, ids=text, steps=steps, rate=rate)
     model.eval()
     config = make_config(variant, task)
     row = {
@@ -301,14 +314,17 @@ def run(
 def points() -> list[dict[str, Any]]:
     """All rows: both tasks for every variant, and the conversions, for every seed."""
     found = [
-        {"task": task, "variant": variant, "seed": seed}
+        {"task": task, "variant": variant, "rate": rate, "seed": seed}
         for seed in SEEDS
         for task in TASKS
         for variant in VARIANTS
+        for rate in RATES[task]
     ]
     conversions = ["none-8", *(f"{how}-{groups}" for groups in GROUPS for how in POOLINGS)]
     return found + [
-        {"task": "conversion", "variant": variant, "seed": seed} for seed in SEEDS for variant in conversions
+        {"task": "conversion", "variant": variant, "rate": UPTRAINING_RATE, "seed": seed}
+        for seed in SEEDS
+        for variant in conversions
     ]
 
 
