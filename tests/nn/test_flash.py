@@ -217,7 +217,8 @@ def test_the_second_version_does_not_compute_hidden_tiles(monkeypatch):
     monkeypatch.setattr(module, "_scores", lambda *args: tiles.append(args[-2:]) or scores(*args))
     q = randn(40, 4).requires_grad_()
     counts = {}
-    for name, how in {"all": {}, "causal": {"is_causal": True}, "window": {"is_causal": True, "window": 6}}.items():  # fmt: skip
+    kinds = {"all": {}, "causal": {"is_causal": True}, "window": {"is_causal": True, "window": 6}}
+    for name, how in kinds.items():
         for attend in (flash_attention, flash_attention_2):
             tiles.clear()
             out = attend(q, q, q, block_q=5, block_k=5, **how)
@@ -292,7 +293,7 @@ def test_bad_shapes(attend):
         attend(q, k, k, is_causal=True)
     with pytest.raises(ValueError, match="there are 5 keys and 4 values"):
         attend(q, k, q)
+    x = q.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(attend(x, x, x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        x = q.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(attend(x, x, x).square().sum(), x, create_graph=True)
         grad.sum().backward()
