@@ -43,6 +43,7 @@ def main(
         4096,
         8192,
         16384,
+        32768,
     ],
     contexts: Annotated[list[int], typer.Option(help="tokens in the cache; may be given more than once")] = [  # noqa: B006
         1024,

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm_atlas.nn import linear_attention as linear
 from llm_atlas.nn.attention import AttendFunction, MultiHeadAttention, fused_attention, split_heads
 from llm_atlas.nn.cache import KVCache
 from llm_atlas.nn.linear_attention import (
@@ -843,3 +844,26 @@ def test_a_cache_of_other_rows_is_refused():
     mixer(T1[0], cache=cache)
     with pytest.raises(ValueError, match="the cache holds 4 rows, the new tokens have 2"):
         mixer(T1[0, :2], cache=cache)
+
+
+@pytest.mark.parametrize("rule", ["additive", "delta"])
+def test_a_long_text_is_worked_on_in_pieces(rule, monkeypatch):
+    rng = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, heads, 90, 6, generator=rng) for heads in (4, 2, 2))
+    decay = -torch.rand(2, 2, 90, 1, generator=rng)
+    beta, start = torch.rand(2, 2, 90, 1, generator=rng), torch.randn(2, 2, 6, 6, generator=rng)
+    real = torch.arange(90)[None, None, None] % 7 > 0
+
+    def call(mask, log_decay):
+        how = {"mask": mask, "log_decay": log_decay, "state": start, "chunk": 8}
+        if rule == "delta":
+            return linear.delta_rule_chunked(q, k, v, beta, **how)
+        return linear.linear_attention_chunked(q, k, v, normalize=False, **how)
+
+    for how in ((real, decay), (None, decay), (real, None), (None, decay[:, :, :1])):
+        whole = call(*how)
+        monkeypatch.setattr(linear, "_SEGMENT", 32)
+        pieces = call(*how)
+        monkeypatch.setattr(linear, "_SEGMENT", 4096)
+        for a, b in zip(pieces, whole, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -17,6 +17,7 @@ Katharopoulos et al. 2020 (arXiv 2006.16236).
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -284,6 +285,10 @@ def linear_attention_chunked(
     """
     _check_recurrent(q, k, v, mask)
     _check_chunk(chunk)
+    if q.shape[-2] > _SEGMENT:
+        how = {"chunk": chunk, "scale": scale, "feature_map": feature_map, "normalize": normalize}
+        run = partial(linear_attention_chunked, **how)
+        return _in_segments(run, (q, k, v), mask, state, log_decay=log_decay)
     p = _group(q, _prepare(q, k, v, mask, feature_map, normalize, scale, log_decay, state))
     size = min(chunk, q.shape[-2])
     per_channel = p.log_decay is not None and p.log_decay.shape[-1] > 1
@@ -382,6 +387,9 @@ def delta_rule_chunked(
     """
     _check_recurrent(q, k, v, mask)
     _check_chunk(chunk)
+    if q.shape[-2] > _SEGMENT:
+        run = partial(delta_rule_chunked, chunk=chunk, scale=scale, unit_keys=unit_keys)
+        return _in_segments(run, (q, k, v, beta), mask, state, log_decay=log_decay)
     p = _group(q, _prepare_delta(q, k, v, beta, mask, unit_keys, scale, log_decay, state))
     qs, ks, vs, betas = (_chunks(t, min(chunk, q.shape[-2])) for t in (p.q, p.k, p.v, p.beta))
     matches, seen = ks @ ks.transpose(-2, -1), qs @ ks.transpose(-2, -1)
@@ -511,6 +519,30 @@ def _finish(out: Tensor, like: Tensor, normalize: bool, grouped: bool = False) -
         empty = total.abs() < torch.finfo(total.dtype).tiny
         out = (out / total.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
     return out.to(like.dtype)
+
+
+_SEGMENT = 4096
+"""So many tokens are worked on together: what lies between the steps then stays small, and time goes by the length."""
+
+
+def _in_segments(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    tokens: tuple[Tensor, ...],
+    mask: Tensor | None,
+    state: Tensor | None,
+    *,
+    log_decay: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A long sequence in pieces, each of which begins with the state that the one before has left."""
+    outs = []
+    for first in range(0, tokens[0].shape[-2], _SEGMENT):
+        here = slice(first, first + _SEGMENT)
+        part = [t if t.shape[-2] == 1 else t[..., here, :] for t in tokens]
+        decay = log_decay if log_decay is None or log_decay.shape[-2] == 1 else log_decay[..., here, :]
+        real = mask if mask is None or mask.shape[-1] == 1 else mask[..., here]
+        out, state = run(*part, mask=real, state=state, log_decay=decay)
+        outs.append(out)
+    return torch.cat(outs, dim=-2), state
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:

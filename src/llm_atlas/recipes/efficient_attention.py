@@ -76,8 +76,8 @@ RATES = {"language": (3e-3,), "recall": (3e-3, 1e-2)}
 """Linear kinds learn to recall at the higher rate, softmax kinds at both: every variant gets its better one."""
 POOLINGS = ("mean", "first", "random")
 GROUPS = (4, 2, 1)
-UPTRAINING = 0.05
-"""Share of the steps that a converted model is trained on for, as in the paper."""
+UPTRAINING = (5, 25)
+"""Percent of its steps that a converted model is trained on for: the paper's, and more."""
 UPTRAINING_RATE = 1e-3
 SHAPE = {"dim": 64, "heads": 8, "head_dim": 16}
 SETTINGS = {
@@ -94,7 +94,7 @@ SETTINGS = {
     " values that are asked for count",
     "optimizer": "AdamW, weight decay 0.01; 5% warm-up, then a half cosine to zero; gradient"
     " clipped to length 1",
-    "conversion": f"of the trained mha models, then {UPTRAINING:.0%} of the steps at rate {UPTRAINING_RATE}",
+    "conversion": f"of the trained mha models, then {UPTRAINING} percent of the steps at rate {UPTRAINING_RATE}",
     "units": "losses in nats; recall: share of values said right, by number of pairs",
 }
 
@@ -283,14 +283,15 @@ def run(
 ) -> dict[str, Any]:
     """One row: train a variant on a task, or convert a trained model; one to three minutes on one core.
 
-    task: "language", "recall", or "conversion" with a variant such as "mean-2" (how, key/value heads).
+    task: "language", "recall", or "conversion", whose variant is such as "mean-2-5": how, key/value heads, percent of
+    the steps.
     ids: the text as bytes, the King James Bible unless given.
     """
     text, held_out = split_held_out(byte_ids(king_james()) if ids is None else ids)
     windows = held_out_windows(held_out, batch=64, length=TASKS["language"]["length"])
     if task == "conversion":
-        how, groups = variant.split("-")
-        few = round(UPTRAINING * TASKS["language"]["steps"]) if steps is None else steps
+        how, groups, percent = variant.split("-")
+        few = round(int(percent) / 100 * TASKS["language"]["steps"]) if steps is None else steps
         how_long = {"steps": few, "rate": rate}
         return convert(_trained(seed), int(groups), how, seed, ids=text, windows=windows, **how_long)[1]
     model = make_model(variant, task, seed)
@@ -320,7 +321,9 @@ def points() -> list[dict[str, Any]]:
         for variant in VARIANTS
         for rate in RATES[task]
     ]
-    conversions = ["none-8", *(f"{how}-{groups}" for groups in GROUPS for how in POOLINGS)]
+    few, many = UPTRAINING
+    conversions = [f"none-8-{few}", *(f"{how}-{groups}-{few}" for groups in GROUPS for how in POOLINGS)]
+    conversions += [f"none-8-{many}", *(f"mean-{groups}-{many}" for groups in GROUPS)]
     return found + [
         {"task": "conversion", "variant": variant, "rate": UPTRAINING_RATE, "seed": seed}
         for seed in SEEDS
