@@ -644,3 +644,20 @@ def test_rolling_caches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="window 3 is one of causal self-attention, this is cross-attention"):
         MultiHeadAttention(8, 2)(x, context=x, cache=cache)
     assert cache.length == 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_groups_are_those_of_torch(kv_heads, queries):
+    """Forward and gradients, of all queries and of a few new ones behind others."""
+    rng = torch.Generator().manual_seed(kv_heads)
+    q = torch.randn(2, 8, queries, 6, generator=rng, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 7, 6, generator=rng, requires_grad=True) for _ in range(2))
+    mask = causal_mask(queries, 7)
+    grad = torch.randn(2, 8, queries, 6, generator=rng)
+    theirs = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    wanted = [theirs, *torch.autograd.grad(theirs, (q, k, v), grad)]
+    for attend in (scaled_dot_product_attention, fused_attention):
+        ours = attend(q, k, v, mask=mask[None, None])
+        for a, b in zip([ours, *torch.autograd.grad(ours, (q, k, v), grad)], wanted, strict=True):
+            assert_close(a, b, atol=1e-5, rtol=1e-5)
