@@ -18,9 +18,23 @@ import llm_atlas.infer
 import llm_atlas.models
 import llm_atlas.nn
 from llm_atlas.infer import generate, sampling
-from llm_atlas.models import decoder, families
+from llm_atlas.models import decoder, families, grouping
 from llm_atlas.models import inspect as look
-from llm_atlas.nn import activations, attention, block, cache, dropout, feedforward, masks, norm, positions
+from llm_atlas.nn import (
+    activations,
+    attention,
+    block,
+    cache,
+    dropout,
+    feedforward,
+    flash,
+    latent_attention,
+    linear_attention,
+    local_attention,
+    masks,
+    norm,
+    positions,
+)
 
 
 class OnlyMeta(TorchDispatchMode):
@@ -71,6 +85,14 @@ CONFIGS = [
         vocab=11, dim=8, layers=2, heads=4, kv_heads=2, hidden=12, context=16, positions="shaw"
     ),
 ]  # fmt: skip
+MIXED = [
+    decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, **mixer)
+    for mixer in (
+        {"window": 3, "full_layers": (1,)},
+        {"latent": decoder.LatentConfig(kv_rank=5, rope_dim=4, q_rank=3)},
+        {"linear": decoder.LinearConfig(kind="gated-delta", conv=2), "full_layers": (0,)},
+    )
+]
 
 
 def model(config: decoder.DecoderConfig = CONFIG) -> decoder.Decoder:
@@ -91,6 +113,82 @@ def every_decoder() -> None:
             kept.truncate(4)
             kept.fork().select(at(3))
         made(at(2, 5)).sum().backward()
+
+
+def every_mixer() -> None:
+    for config in MIXED:
+        made = model(config)
+        made(at(2, 5)).sum().backward()
+        made(at(2, 5), positions=at(2, 5))
+        kept = made.make_cache()
+        for new in (5, 1, 3):
+            made(at(2, new), cache=kept)
+        kept.fork().select(at(3))
+
+
+def grouped() -> None:
+    grouping.group_kv_heads(model(), 1)(at(2, 5))
+    grouping.pool_heads(x(8, 3), 4, 2)
+
+
+def tiles() -> None:
+    flash.online_softmax(x(2, 9), block=4)
+    for attend in (flash.flash_attention, flash.flash_attention_2):
+        q, k, v = (x(2, heads, 9, 8).requires_grad_() for heads in (4, 2, 2))
+        attend(q, k, v, is_causal=True, window=3, block_q=4, block_k=4).sum().backward()
+
+
+def latents() -> None:
+    for q_rank, absorb, scheme in (
+        (None, None, lambda: positions.RotaryPositions(4)),
+        (6, True, lambda: positions.RotaryPositions(4, layout="interleaved")),
+        (6, False, lambda: positions.AlibiPositions(2)),
+    ):
+
+        def make(q_rank=q_rank, absorb=absorb, scheme=scheme):
+            how = {"q_rank": q_rank, "absorb": absorb, "positions": scheme()}
+            return latent_attention.LatentAttention(8, 2, kv_rank=5, rope_dim=4, head_dim=3, **how)
+
+        mixer, kept = on_meta(make), cache.KVCache(1)
+        mixer(x(2, 5, 8)).sum().backward()
+        for new in (5, 1, 3):
+            mixer(x(2, new, 8), cache=kept[0])
+        mask = torch.ones(2, 1, 3, 3, dtype=torch.bool, device="meta")
+        mixer(x(2, 3, 8), positions=at(2, 3), mask=mask)
+
+
+def windows() -> None:
+    q, k, v = (x(2, heads, 9, 8).requires_grad_() for heads in (4, 2, 2))
+    for how in ({}, {"positions": at(2, 9)}, {"is_causal": False}):
+        local_attention.local_attention(q, k, v, window=3, block=2, **how).sum().backward()
+    made = cache.KVCache(1, layer=lambda owner: cache.RollingLayerCache(owner, window=3, sinks=1))
+    mixer = on_meta(lambda: attention.MultiHeadAttention(8, 4, window=3))
+    for new in (5, 1, 2):
+        mixer(x(2, new, 8), positions=made.place(new, device="meta"), cache=made[0])
+    made.fork().select(at(3))
+
+
+def recurrences() -> None:
+    la = linear_attention
+    q, k, v, h = x(2, 4, 9, 8), x(2, 2, 9, 8), x(2, 2, 9, 6), x(2, 2, 9, 1)
+    real = masks.padding_mask(at(2, 9))
+    la.bidirectional_linear_attention(q, k, v)
+    for decay in (h, k):
+        la.linear_attention(q, k, v, is_causal=True, log_decay=decay)
+        la.linear_attention_recurrent(q, k, v, mask=real, log_decay=decay)
+        la.linear_attention_chunked(q, k, v, mask=real, log_decay=decay)
+    la.delta_rule_recurrent(q, k, v, h, mask=real, log_decay=h)
+    la.delta_rule_chunked(q, k, v, h, mask=real, log_decay=h)
+    la.elu_features(q), la.taylor_features(q), la.unit_length(q)
+    on_meta(lambda: la.RandomFeatures(8, 5))(q)
+    la.find_feature_map("elu")(q)
+    la.feature_size("taylor", 8)
+    la.retention_log_decay(4, device="meta")
+    la.short_convolution(x(2, 9, 8), x(8, 3), real=at(2, 9) > 0, past=None)
+    for kind in ("linear", "gated", "delta", "gated-delta"):
+        mixer = on_meta(lambda kind=kind: la.LinearAttention(8, 4, kv_heads=2, kind=kind, conv=3))
+        mixer(x(2, 9, 8), positions=at(2, 9), cache=cache.KVCache(1)[0])
+        mixer.draw_gates(None)
 
 
 def gates() -> None:
@@ -231,7 +329,37 @@ RUNS: dict[object, Callable[[], object]] = {
     block.Block: blocks,
     cache.LayerCache: caches,
     cache.KVCache: caches,
+    cache.RollingLayerCache: windows,
     decoder.Decoder: every_decoder,
+    grouping.group_kv_heads: grouped,
+    grouping.pool_heads: grouped,
+    flash.online_softmax: tiles,
+    flash.flash_attention: tiles,
+    flash.flash_attention_2: tiles,
+    latent_attention.LatentAttention: latents,
+    latent_attention.rebuilt_attention: latents,
+    latent_attention.absorbed_attention: latents,
+    local_attention.local_attention: windows,
+    **{
+        getattr(linear_attention, name): recurrences
+        for name in (
+            "LinearAttention",
+            "RandomFeatures",
+            "bidirectional_linear_attention",
+            "delta_rule_chunked",
+            "delta_rule_recurrent",
+            "elu_features",
+            "feature_size",
+            "find_feature_map",
+            "linear_attention",
+            "linear_attention_chunked",
+            "linear_attention_recurrent",
+            "retention_log_decay",
+            "short_convolution",
+            "taylor_features",
+            "unit_length",
+        )
+    },
     families.rename: loaded,
     families.load_weights: loaded,
     dropout.dropout: dropping,
@@ -239,7 +367,7 @@ RUNS: dict[object, Callable[[], object]] = {
     dropout.seed_dropout: dropping,
     families.build: loaded,
     families.gguf_weights: loaded,
-    families.gpt2_weights: lambda: families.gpt2_weights({"h.0.attn.c_attn.weight": x(8, 24)}, CONFIG),
+    families.gpt2_weights: lambda: families.gpt2_weights({"h.0.attn.c_attn.weight": x(8, 24)}, CONFIGS[1]),
     families.unpermute: lambda: families.unpermute(x(8, 3), 2),
     feedforward.FeedForward: lambda: on_meta(lambda: feedforward.FeedForward(8))(x(2, 5, 8)),
     feedforward.GatedFeedForward: lambda: on_meta(lambda: feedforward.GatedFeedForward(8))(x(2, 5, 8)),
@@ -259,6 +387,7 @@ RUNS: dict[object, Callable[[], object]] = {
     look.UnitStatistics: watched,
     masks.causal_mask: lambda: masks.causal_mask(3, 5, device="meta"),
     masks.visible: lambda: masks.visible(at(2, 3), at(2, 5), window=2),
+    masks.sliding_window_mask: lambda: masks.sliding_window_mask(3, 5, window=2, device="meta"),
     masks.padding_mask: lambda: masks.padding_mask(at(2, 5)),
     norm.layer_norm: lambda: norm.layer_norm(x(3, 8), x(8), x(8)),
     norm.rms_norm: lambda: norm.rms_norm(x(3, 8), x(8)),
@@ -293,7 +422,7 @@ RUNS: dict[object, Callable[[], object]] = {
         mask=torch.ones(3, 5, dtype=torch.bool, device="meta"),
     ),
     positions.ShawPositions: schemes,
-    decoder.attention_positions: every_decoder,
+    decoder.attention_positions: every_mixer,
     sampling.temperature: lambda: sampling.temperature(0.5)(x(2, 11), []),
     sampling.greedy: lambda: sampling.greedy(x(2, 11)),
     sampling.sample: lambda: sampling.sample(x(2, 11)),
@@ -302,7 +431,19 @@ RUNS: dict[object, Callable[[], object]] = {
 NO_TENSORS = {
     "attention.AttendFunction", "decoder.DecoderConfig", "families.from_llama_config", "families.from_gguf_metadata",
     "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops", "feedforward.gated_hidden",
-    "families.from_gpt2_config", "inspect.PositionProbe",
+    "families.from_gpt2_config", "inspect.PositionProbe", "decoder.LatentConfig", "decoder.LinearConfig",
+    "ledger.cached_numbers", "ledger.cached_bytes", "latent_attention.latent_cache_numbers",
+    "latent_attention.latent_attention_flops", "latent_attention.absorbed_is_cheaper",
+    "linear_attention.linear_state_size", "linear_attention.linear_attention_flops",
+    "linear_attention.delta_rule_flops", "local_attention.WindowCost", "local_attention.local_attention_cost",
+    "masks.check_rising", "masks.check_window", "kernels.flash.tilings",
+    *(
+        f"roofline.{name}"
+        for name in (
+            "attainable", "attention_flops", "flash_bytes", "minimal_bytes", "ridge", "softmax_flops",
+            "standard_bytes", "tile_sizes", "visible_pairs",
+        )
+    ),
 }  # fmt: skip
 READS_NUMBERS = {
     "generate.stream": "tokens are handed out as ints",
@@ -312,6 +453,7 @@ READS_NUMBERS = {
     "inspect.position_probe": "what it measures is a number; see the test below",
     "pretrained.load_smollm2": "reads a file",
     "kernels.rms_norm.rms_norm": "a Triton kernel reads memory",
+    "kernels.flash.flash_attention": "a Triton kernel reads memory",
     "kernels.swiglu.swiglu": "a Triton kernel reads memory",
 }
 

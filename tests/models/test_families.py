@@ -9,6 +9,7 @@ import torch
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.models.families import (
     LLAMA,
+    MISTRAL,
     QWEN3,
     SMOLLM3,
     build,
@@ -43,8 +44,12 @@ def theirs(family: str):
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
+        GPTBigCodeConfig,
+        GPTBigCodeForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
         SmolLM3Config,
@@ -92,6 +97,20 @@ def theirs(family: str):
             ),
             GPT2LMHeadModel,
         ),
+        "mistral": lambda: (
+            MistralConfig(**SHAPE, tie_word_embeddings=False, sliding_window=5, head_dim=6),
+            MistralForCausalLM,
+        ),
+        "mistral, tied": lambda: (
+            MistralConfig(**SHAPE, tie_word_embeddings=True, sliding_window=None, head_dim=6),
+            MistralForCausalLM,
+        ),
+        "gpt2, bigcode, tied": lambda: (
+            GPTBigCodeConfig(
+                vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+            ),
+            GPTBigCodeForCausalLM,
+        ),
     }[family]()
     model = kind(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +127,7 @@ def converted(family: str) -> tuple[DecoderConfig, dict[str, torch.Tensor]]:
     if family.startswith("gpt2"):
         ours = from_gpt2_config(config.to_dict())
         return ours, gpt2_weights(model.state_dict(), ours)
-    table = {"qwen3": QWEN3, "smollm3": SMOLLM3, "llama": LLAMA}[family.split(",")[0]]
+    table = {"qwen3": QWEN3, "smollm3": SMOLLM3, "llama": LLAMA, "mistral": MISTRAL}[family.split(",")[0]]
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -134,6 +153,9 @@ FAMILIES = [
     "smollm3, tied",
     "gpt2",
     "gpt2, tied",
+    "gpt2, bigcode, tied",
+    "mistral",
+    "mistral, tied",
 ]
 LINEAR = ["mixer.sublayer.q", "mixer.sublayer.k", "mixer.sublayer.v", "mixer.sublayer.out"]
 LINEAR += ["feedforward.sublayer.gate", "feedforward.sublayer.up", "feedforward.sublayer.down"]
@@ -234,7 +256,7 @@ def test_a_name_outside_the_table_is_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, qwen3, smollm3"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama, mistral, qwen3, smollm3"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
             "rope_type 'yarn' is not supported yet",
@@ -271,7 +293,7 @@ def test_layers_without_positions_are_needed_where_they_are():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt_neo"}, "model_type 'gpt_neo' is not 'gpt2'"),
+        ({"model_type": "gpt_neo"}, "model_type 'gpt_neo' is not one of gpt2, gpt_bigcode"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False is not supported yet"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not supported yet"),
         ({"add_cross_attention": True}, "add_cross_attention is not supported yet"),

@@ -1,6 +1,7 @@
 """Attention against torch, transformers and a slow oracle: what goes in, what comes out, and its gradients."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from llm_atlas.nn.attention import (
     scaled_dot_product_attention,
     split_heads,
 )
-from llm_atlas.nn.cache import KVCache
-from llm_atlas.nn.masks import causal_mask, padding_mask
+from llm_atlas.nn.cache import KVCache, LayerCache, RollingLayerCache
+from llm_atlas.nn.masks import causal_mask, padding_mask, sliding_window_mask, visible
 from llm_atlas.nn.norm import rms_norm
-from llm_atlas.nn.positions import PositionScheme, RotaryPositions
+from llm_atlas.nn.positions import AlibiPositions, PositionScheme, RotaryPositions
 
 BOTH = pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])
 
@@ -422,3 +423,241 @@ def test_a_scheme_that_biases_the_scores_works_behind_a_cache_that_no_model_plac
     x, cache = randn(1, 5, 8), KVCache(1)
     steps = [mixer(part, cache=cache[0]) for part in x.split([3, 1, 1], dim=1)]
     assert_close(torch.cat(steps, dim=1), mixer(x), atol=1e-6, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- within a window
+
+
+def near_and_full(window: int, seed: int = 0, **how) -> tuple[MultiHeadAttention, MultiHeadAttention]:
+    """A layer with a window and the same one without."""
+    how = {"kv_heads": 2, "positions": RotaryPositions(4, length=199)} | how
+    full = randomised(MultiHeadAttention(16, 4, **how), seed)
+    near = MultiHeadAttention(16, 4, window=window, **how).eval()
+    near.load_state_dict(full.state_dict())
+    return near, full
+
+
+@pytest.mark.parametrize("positions", [RotaryPositions(4, length=199), AlibiPositions(4), PositionScheme()])
+@pytest.mark.parametrize("window", [1, 3, 20, 70, 71])
+@pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])
+def test_a_window_is_a_band_mask(attend, window, positions):
+    kv_heads = 4 if isinstance(positions, AlibiPositions) else 2
+    near, full = near_and_full(window, positions=positions, kv_heads=kv_heads, attend=attend)
+    x = randn(2, 70, 16)
+    wanted = full(x, mask=sliding_window_mask(70, window=window)[None, None])
+    for at in (None, torch.arange(70)[None], torch.arange(70).expand(2, -1)):
+        assert_close(near(x, positions=at), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rolls", [None, 5, 8])
+@pytest.mark.parametrize("chunks", [[1] * 30, [12, *[1] * 18], [2, 9, 1, 18]])
+@pytest.mark.parametrize("padding", [0, 4])
+def test_behind_any_cache_a_window_is_that_of_the_whole(chunks, padding, rolls):
+    near, full = near_and_full(5, positions=AlibiPositions(4), kv_heads=4)
+    x = randn(2, 30, 16)
+    at = torch.stack([torch.arange(30), (torch.arange(30) - padding).clamp(min=-1)])
+    wanted = full(x, positions=at, mask=visible(at, at, window=5))
+    kind = LayerCache if rolls is None else partial(RollingLayerCache, window=rolls)
+    cache, out = KVCache(1, layer=kind), []
+    for part, new in zip(x.split(chunks, dim=1), at.split(chunks, dim=1), strict=True):
+        placed = cache.place(part.shape[1], new if padding else None)
+        out.append(near(part, positions=placed, cache=cache[0]))
+    assert_close(torch.cat(out, dim=1), wanted, atol=2e-6, rtol=1e-5)
+    if rolls is not None:
+        assert cache[0].read()[0].shape[2] == rolls
+
+
+class Late(PositionScheme):
+    """A bias that is not the same for all pairs of one distance: keys late in the text count more."""
+
+    def bias(self, q, query_positions, key_positions):
+        return 0.01 * (key_positions.float() ** 2)[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
+
+
+@pytest.mark.parametrize("rolls", [False, True])
+def test_a_bias_within_a_window_is_given_the_places_in_the_text(rolls):
+    near, full = near_and_full(4, positions=Late())
+    x, cache = (
+        randn(2, 20, 16),
+        KVCache(1, layer=partial(RollingLayerCache, window=4) if rolls else LayerCache),
+    )
+    wanted = full(x, mask=sliding_window_mask(20, window=4)[None, None])
+    out = [
+        near(part, positions=cache.place(part.shape[1]), cache=cache[0])
+        for part in x.split([9, 1, 10], dim=1)
+    ]
+    assert_close(torch.cat(out, dim=1), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rolls", [False, True])
+def test_behind_a_cache_that_no_model_places_a_window_is_that_of_the_whole(rolls):
+    near, full = near_and_full(4)
+    x = randn(2, 20, 16)
+    cache = KVCache(1, layer=partial(RollingLayerCache, window=4) if rolls else LayerCache)
+    out = [near(part, cache=cache[0]) for part in x.split([7, 1, 3, *[1] * 9], dim=1)]
+    wanted = full(x, mask=sliding_window_mask(20, window=4)[None, None])
+    assert_close(torch.cat(out, dim=1), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4, 6])
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+@pytest.mark.parametrize("chunks", [[1] * 30, [12, *[1] * 18], [2, 9, 1, 18]])
+def test_a_rolling_cache_brings_its_window_and_its_sinks(chunks, sinks, window):
+    """As in StreamingLLM, under a model that was not made for it (window None) or was."""
+    near, full = near_and_full(window)
+    x, at = randn(2, 30, 16), torch.arange(30)[None]
+    mask = visible(at, at, window=window or 6) | visible(at, at) & (at < sinks)
+    wanted = full(x, mask=mask)
+    cache, out = KVCache(1, layer=partial(RollingLayerCache, window=6, sinks=sinks)), []
+    for part in x.split(chunks, dim=1):
+        out.append(near(part, positions=cache.place(part.shape[1]), cache=cache[0]))
+    assert_close(torch.cat(out, dim=1), wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_forks_of_a_rolling_cache_go_on_alone():
+    near, full = near_and_full(3)
+    x, y = randn(1, 12, 16), randn(1, 12, 16, seed=1)
+    cache = KVCache(1, layer=partial(RollingLayerCache, window=3))
+    near(x[:, :8], positions=cache.place(8), cache=cache[0])
+    twin = cache.fork()
+    mask = sliding_window_mask(12, window=3)[None, None]
+    for kept, end in ((twin, y), (cache, x)):
+        whole = torch.cat([x[:, :8], end[:, 8:]], dim=1)
+        out = [near(whole[:, i : i + 1], positions=kept.place(1), cache=kept[0]) for i in range(8, 12)]
+        assert_close(torch.cat(out, dim=1), full(whole, mask=mask)[:, 8:], atol=2e-6, rtol=1e-5)
+
+
+def test_one_token_behind_a_plain_cache_meets_no_more_keys_than_the_window():
+    seen = []
+
+    def spy(q, k, v, **how):
+        seen.append((k.shape[-2], how["mask"]))
+        return fused_attention(q, k, v, **how)
+
+    near, _ = near_and_full(5, attend=spy)
+    x, cache = randn(1, 40, 16), KVCache(1)
+    for part in x.split([20, *[1] * 20], dim=1):
+        near(part, positions=cache.place(part.shape[1]), cache=cache[0])
+    assert seen[1:] == [(5, None)] * 20
+
+
+def test_a_given_mask_says_who_may_look_and_the_window_takes_away():
+    near, full = near_and_full(4)
+    x = randn(2, 14, 16)
+    # Two texts in one row, each counted from 0, and three first tokens that all may look at.
+    at = torch.cat([torch.arange(6), torch.arange(8)])[None]
+    text = torch.tensor([0] * 6 + [1] * 8)
+    mask = ((text[:, None] == text) & causal_mask(14) | (torch.arange(14) < 3))[None, None]
+    far = at[:, :, None] - at[:, None, :] >= 4
+    wanted = full(x, positions=at, mask=mask & ~far[:, None])
+    assert_close(near(x, positions=at, mask=mask), wanted, atol=2e-6, rtol=1e-5)
+    assert (wanted - full(x, positions=at, mask=mask)).abs().max() > 1e-2
+
+
+def test_gradients_within_a_window_are_those_under_a_mask():
+    near, full = near_and_full(6)
+    x, y = (randn(2, 150, 16).requires_grad_() for _ in range(2))
+    near(x).square().sum().backward()
+    full(y, mask=sliding_window_mask(150, window=6)[None, None]).square().sum().backward()
+    assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
+    for mine, wanted in zip(near.parameters(), full.parameters(), strict=True):
+        assert_close(mine.grad, wanted.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rolls", [None, False, True])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_window_is_that_of_mistral(padding, rolls):
+    """Every layer of a tiny Mistral against ours on the same inputs, whole or with its own sliding cache."""
+    from transformers import MistralConfig, MistralModel
+
+    config = MistralConfig(
+        vocab_size=17, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=20, sliding_window=6, max_position_embeddings=99, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = randomised(MistralModel(config), seed=5)
+    ids = torch.randint(17, (2, 80), generator=torch.Generator().manual_seed(0))
+    at = torch.stack([torch.arange(80), (torch.arange(80) - padding).clamp(min=-1)])
+    seen = {}
+    hooks = [
+        layer.self_attn.register_forward_hook(
+            lambda _, args, how, out, i=i: seen.setdefault(i, []).append((how["hidden_states"], out[0])),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(theirs.layers)
+    ]
+    chunks = [80] if rolls is None else [60, *[1] * 20]
+    past, end = None, 0
+    with torch.no_grad():
+        for new in chunks:
+            end += new
+            out = theirs(
+                ids[:, end - new : end],
+                attention_mask=(at[:, :end] >= 0).long(),
+                position_ids=at[:, end - new : end].clamp(min=0),
+                past_key_values=past,
+                use_cache=rolls is not None,
+            )
+            past = out.past_key_values
+    for hook in hooks:
+        hook.remove()
+    for i, layer in enumerate(theirs.layers):
+        ours = MultiHeadAttention(
+            16, 4, kv_heads=2, window=6, positions=RotaryPositions(4, length=99, base=10000.0)
+        )
+        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
+        state = layer.self_attn.state_dict()
+        ours.load_state_dict({f"{mine}.weight": state[f"{name}.weight"] for mine, name in names.items()})
+        cache = KVCache(1, layer=partial(RollingLayerCache, window=6) if rolls else LayerCache)
+        end = 0
+        for x, wanted in seen[i]:
+            end += x.shape[1]
+            placed = at[:, end - x.shape[1] : end]
+            if rolls is not None:
+                placed = cache.place(x.shape[1], placed if padding else None)
+            out = ours(x, positions=placed, cache=None if rolls is None else cache[0])
+            real = at[:, end - x.shape[1] : end] >= 0
+            assert_close(out[real], wanted[real], atol=2e-6, rtol=1e-5)
+    assert len(seen[0]) == len(chunks)
+
+
+def test_windows_that_cannot_be_are_refused():
+    for window in (0, -2):
+        with pytest.raises(ValueError, match=f"window {window} must be at least 1"):
+            MultiHeadAttention(8, 2, window=window)
+    with pytest.raises(
+        ValueError, match="window 4 is one of causal self-attention, this is attention that is not"
+    ):
+        MultiHeadAttention(8, 2, window=4, causal=False)
+    with pytest.raises(ValueError, match="window 4 is one of causal self-attention, this is cross-attention"):
+        MultiHeadAttention(8, 2, window=4, context_dim=7)
+    with pytest.raises(ValueError, match="window 4 is one of causal self-attention, this is cross-attention"):
+        MultiHeadAttention(8, 2, window=4)(randn(1, 2, 8), context=randn(1, 3, 8))
+
+
+def test_rolling_caches_that_do_not_fit_are_refused():
+    cache = KVCache(1, layer=partial(RollingLayerCache, window=3))[0]
+    x = randn(1, 2, 8)
+    with pytest.raises(ValueError, match="keeps a window of 3, this layer looks back 4"):
+        MultiHeadAttention(8, 2, window=4)(x, cache=cache)
+    with pytest.raises(ValueError, match="a rolling cache is for causal attention"):
+        MultiHeadAttention(8, 2, causal=False)(x, cache=cache)
+    with pytest.raises(ValueError, match="window 3 is one of causal self-attention, this is cross-attention"):
+        MultiHeadAttention(8, 2)(x, context=x, cache=cache)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_groups_are_those_of_torch(kv_heads, queries):
+    """Forward and gradients, of all queries and of a few new ones behind others."""
+    rng = torch.Generator().manual_seed(kv_heads)
+    q = torch.randn(2, 8, queries, 6, generator=rng, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 7, 6, generator=rng, requires_grad=True) for _ in range(2))
+    mask = causal_mask(queries, 7)
+    grad = torch.randn(2, 8, queries, 6, generator=rng)
+    theirs = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    wanted = [theirs, *torch.autograd.grad(theirs, (q, k, v), grad)]
+    for attend in (scaled_dot_product_attention, fused_attention):
+        ours = attend(q, k, v, mask=mask[None, None])
+        for a, b in zip([ours, *torch.autograd.grad(ours, (q, k, v), grad)], wanted, strict=True):
+            assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -1,12 +1,14 @@
 """The key/value cache as a state machine against lists."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llm_atlas.nn.cache import KVCache, LayerCache
+from llm_atlas.nn.cache import KVCache, LayerCache, RollingLayerCache
 
 LAYERS = 2
 HEADS, K_DIM, V_DIM = 2, 3, 1
@@ -239,3 +241,182 @@ def test_rotations_kept_for_other_positions_are_not_used():
     with scheme.reused(here, x.dtype):
         assert torch.equal(scheme.rotate(x, there), alone)
         assert not torch.allclose(scheme.rotate(x, here), alone)
+
+
+# ------------------------------------------------------------------------------------- rolling caches
+
+
+class RollingMachine(RuleBasedStateMachine):
+    """A mixed cache, a full layer and a rolling one: the second has of the first what may still be looked at."""
+
+    @initialize(
+        window=st.integers(1, 5), sinks=st.integers(0, 3), rows=st.integers(1, 3), padding=st.integers(0, 3)
+    )
+    def start(self, window, sinks, rows, padding):
+        self.window, self.sinks = window, sinks
+        self.cache = KVCache(2, layer=[LayerCache, partial(RollingLayerCache, window=window, sinks=sinks)])
+        self.left_behind = []
+        self.next = 0
+        self.gone = 0
+        padding = 0 if sinks else min(padding, rows - 1)
+        self.place = None
+        if padding:  # row r has r slots of it
+            self.place = torch.arange(4 + rows) - torch.arange(rows)[:, None]
+            self.place = self.place.clamp(min=-1)
+        self.add(rows, 4 + rows if padding else 1, self.place)
+
+    def add(self, rows, new, positions=None):
+        seen = self.cache.length
+        kept = [*range(min(self.sinks, seen)), *range(min(seen, self.sinks + self.gone), seen)]
+        numbers = torch.arange(self.next, self.next + rows * new, dtype=torch.float32).view(rows, 1, new, 1)
+        self.next += rows * new
+        self.cache.place(new, positions)
+        full = self.cache[0].append(
+            numbers.expand(-1, HEADS, -1, K_DIM), -numbers.expand(-1, HEADS, -1, V_DIM)
+        )
+        near = self.cache[1].append(
+            numbers.expand(-1, HEADS, -1, K_DIM), -numbers.expand(-1, HEADS, -1, V_DIM)
+        )
+        returned = [*kept, *range(seen, seen + new)]
+        for whole, part in zip(full, near, strict=True):
+            assert torch.equal(part, whole[:, :, returned])
+        assert torch.equal(self.cache[1].positions, self.cache.positions[:, returned])
+        # Every new token finds its whole window, and the sinks.
+        for slot in range(seen, seen + new):
+            needed = {*range(max(0, slot - self.window + 1), slot + 1), *range(min(self.sinks, slot))}
+            assert needed <= set(returned)
+        self.gone = max(self.gone, seen + new - self.sinks - self.window)
+
+    @rule(new=st.integers(1, 9))
+    def append(self, new):
+        self.add(max(self.cache.rows, 1), new)
+
+    @precondition(lambda self: self.cache.length)
+    @rule(data=st.data())
+    def truncate(self, data):
+        length = data.draw(st.integers(0, self.cache.length))
+        kept = {*range(self.sinks), *range(self.sinks + self.gone, self.cache.length)}
+        needed = {*range(max(0, length - self.window + 1), length), *range(min(self.sinks, length))}
+        amid = self.sinks < length < self.sinks + self.gone  # a window of 1 needs nothing before the cut
+        if needed <= kept and not amid:
+            self.cache.truncate(length)
+            self.gone = self.gone if length > self.sinks else 0
+        else:
+            with pytest.raises(ValueError, match=f"cannot truncate to {length}: a window of"):
+                self.cache.truncate(length)
+
+    @precondition(lambda self: self.cache.length)
+    @rule(data=st.data())
+    def select(self, data):
+        self.cache.select(data.draw(st.lists(st.integers(0, self.cache.rows - 1), min_size=1, max_size=4)))
+
+    @rule()
+    def fork(self):
+        self.left_behind.append((self.cache, self.gone))
+        self.cache = self.cache.fork()
+
+    @precondition(lambda self: self.left_behind)
+    @rule()
+    def go_back(self):
+        self.cache, self.gone = self.left_behind.pop()
+
+    @invariant()
+    def holds_the_ends_of_what_the_full_layer_holds(self):
+        for cache, gone in [(self.cache, self.gone), *self.left_behind]:
+            assert cache[1].length == cache[0].length == cache.length
+            assert cache[1].rows == cache[0].rows
+            token = cache.rows * HEADS * (K_DIM + V_DIM) * 4
+            assert cache[1].nbytes <= (self.window + self.sinks) * token
+            if not cache.length:
+                continue
+            kept = [*range(min(self.sinks, cache.length)), *range(self.sinks + gone, cache.length)]
+            assert cache[1].nbytes == len(kept) * token
+            for whole, part in zip(cache[0].read(), cache[1].read(), strict=True):
+                assert torch.equal(part, whole[:, :, kept])
+
+
+TestRolling = RollingMachine.TestCase
+TestRolling.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
+
+
+def rolling(window: int, sinks: int = 0) -> KVCache:
+    return KVCache(1, layer=partial(RollingLayerCache, window=window, sinks=sinks))
+
+
+def test_a_rolling_cache_does_not_grow_with_the_text():
+    cache = rolling(4, sinks=2)
+    for new in (1, 9, 1, 30, 1):
+        fill(cache, new)
+        kept = cache[0].read()
+        # Nor does what the tensors hold on to.
+        assert all(t.untyped_storage().nbytes() <= 6 * 2 * 3 * 4 for t in kept)
+    assert (cache.length, cache[0].length, kept[0].shape[2], cache.plain) == (42, 42, 6, True)
+    assert cache.nbytes == 2 * 6 * 2 * 3 * 4
+
+
+def test_a_window_before_the_cut_that_is_gone_is_said_so():
+    cache = rolling(4)
+    fill(cache, 10)
+    cache.truncate(9)
+    with pytest.raises(
+        ValueError, match="to 8: a window of 4 there begins in slot 5, and slots 0 to 5 are gone"
+    ):
+        cache.truncate(8)
+    assert cache.length == 9
+    fill(cache, 1)
+    assert cache[0].positions.tolist() == [[6, 7, 8, 9]]
+    cache.truncate(0)
+    fill(cache, 2, rows=3)
+    assert cache[0].read()[0].shape == (3, 2, 2, 3)
+
+
+def test_a_rolling_cache_that_no_model_places_counts_its_slots():
+    cache = rolling(2, sinks=1)
+    assert cache[0].positions is None
+    for at in ([0, 1, 2, 3], [0, 2, 3, 4], [0, 3, 4, 5]):
+        new = torch.ones(1, 1, 4 if at[1] == 1 else 1, 1)
+        cache[0].append(new, new)
+        assert cache[0].positions.tolist() == [at]
+
+
+@pytest.mark.parametrize("late", [[[4, 4]], [[3, 4]], [[-1, 4]]])
+def test_tokens_out_of_order_are_not_rolled(late):
+    cache = rolling(3)
+    fill(cache, 4)
+    cache.place(2, torch.tensor(late))
+    new = torch.ones(1, 2, 2, 3)
+    with pytest.raises(ValueError, match=r"position 4 in slot 5|position 3 in slot 4"):
+        cache[0].append(new, new)
+    assert cache[0].length == 4
+
+
+def test_sinks_must_be_tokens():
+    cache = rolling(3, sinks=2)
+    cache.place(3, torch.tensor([[0, 1, 2], [-1, 0, 1]]))
+    new = torch.ones(2, 1, 3, 1)
+    with pytest.raises(ValueError, match=r"first 2 slots are kept as sinks .* not \[\[0, 1\], \[-1, 0\]\]"):
+        cache[0].append(new, new)
+
+
+def test_what_a_rolling_cache_refuses():
+    with pytest.raises(ValueError, match="window 0 must be at least 1"):
+        rolling(0)
+    with pytest.raises(ValueError, match="sinks -1 must not be negative"):
+        rolling(1, sinks=-1)
+    cache = rolling(2)
+    with pytest.raises(ValueError, match="empty: append before read"):
+        cache[0].read()
+    with pytest.raises(TypeError, match="keeps slots, not a state"):
+        cache[0].keep(1, torch.ones(1, 1))
+    fill(cache, 1)
+    with pytest.raises(ValueError, match="holds 1 rows, the new keys have 2"):
+        fill(cache, 1, rows=2)
+
+
+def test_a_kind_for_each_layer():
+    cache = KVCache(3, layer=[LayerCache, partial(RollingLayerCache, window=2), LayerCache])
+    fill(cache, 5)
+    assert [layer.read()[0].shape[2] for layer in cache] == [5, 2, 5]
+    assert [type(layer) for layer in cache.fork()] == [LayerCache, RollingLayerCache, LayerCache]
+    with pytest.raises(ValueError, match="there are 2 kinds of cache for 3 layers"):
+        KVCache(3, layer=[LayerCache] * 2)

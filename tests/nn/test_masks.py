@@ -5,7 +5,15 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from llm_atlas.nn.masks import PAD, causal_mask, left_pad, padding_mask, visible
+from llm_atlas.nn.masks import (
+    PAD,
+    causal_mask,
+    check_rising,
+    left_pad,
+    padding_mask,
+    sliding_window_mask,
+    visible,
+)
 
 
 @given(st.integers(1, 9), st.integers(0, 9))
@@ -68,3 +76,53 @@ def test_left_pad_keeps_every_row_and_counts_its_tokens(rows, pad):
 def test_a_window_counts_the_query_itself(window):
     at = torch.arange(8)[None]
     assert visible(at, at, window=window)[0, 0, 7].sum() == window
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 20), st.booleans())
+def test_sliding_window_mask_is_its_definition(queries, past, window, causal):
+    keys = queries + past
+    mask = sliding_window_mask(queries, keys, window=window, causal=causal)
+    for i in range(queries):
+        for j in range(keys):
+            distance = i + past - j
+            allowed = 0 <= distance < window if causal else abs(distance) < window
+            assert bool(mask[i, j]) == allowed
+
+
+def test_sliding_window_mask_at_both_ends():
+    assert torch.equal(sliding_window_mask(6, window=1), torch.eye(6, dtype=torch.bool))
+    assert torch.equal(sliding_window_mask(4, 6, window=6), causal_mask(4, 6))
+    assert sliding_window_mask(4, 6, window=3)[-1].tolist() == [False, False, False, True, True, True]
+
+
+@given(st.integers(1, 12), st.integers(1, 14), st.integers(1, 15))
+def test_visible_of_plain_positions_within_a_window_is_the_sliding_window_mask(queries, keys, window):
+    assume(queries <= keys)
+    at = torch.arange(keys)[None]
+    seen = visible(at[:, keys - queries :], at, window=window)[0, 0]
+    assert torch.equal(seen, sliding_window_mask(queries, keys, window=window))
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_refused(window):
+    with pytest.raises(ValueError, match=f"window {window} must be at least 1"):
+        sliding_window_mask(3, window=window)
+    with pytest.raises(ValueError, match="1 <= queries <= keys, got queries 3 and keys 2"):
+        sliding_window_mask(3, 2, window=1)
+
+
+@given(st.data())
+def test_rising_is_that_no_two_tokens_are_nearer_in_positions_than_in_slots(data):
+    at = data.draw(positions(2, data.draw(st.integers(1, 6))))
+    pairs = [
+        (row[i], row[j], j - i)
+        for row in at.tolist()
+        for i in range(len(row))
+        for j in range(i + 1, len(row))
+        if row[i] > PAD and row[j] > PAD
+    ]
+    if all(later - earlier >= slots for earlier, later, slots in pairs):
+        check_rising(at)
+    else:
+        with pytest.raises(ValueError, match="does not lie as far"):
+            check_rising(at)

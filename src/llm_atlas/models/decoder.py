@@ -12,9 +12,11 @@ from torch.nn import functional
 from llm_atlas.nn.activations import Activation
 from llm_atlas.nn.attention import MultiHeadAttention
 from llm_atlas.nn.block import Block, Placement
-from llm_atlas.nn.cache import KVCache
+from llm_atlas.nn.cache import KVCache, LayerCache, RollingLayerCache
 from llm_atlas.nn.dropout import Dropout
 from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
+from llm_atlas.nn.latent_attention import LatentAttention
+from llm_atlas.nn.linear_attention import Decay, Kind, LinearAttention, find_feature_map
 from llm_atlas.nn.masks import visible
 from llm_atlas.nn.norm import LayerNorm, RMSNorm
 from llm_atlas.nn.positions import (
@@ -33,8 +35,54 @@ Positions = Literal["none", "sinusoidal", "learned", "rotary", "alibi", "t5", "s
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention: one vector of `kv_rank` numbers a token stands for the keys and values of all heads.
+
+    Beside it one rotary key of `rope_dim` features is shared by the heads; each head's own part of a key has the
+    decoder's `head_dim`, its value `value_dim` (as many unless given). With `q_rank` queries too come from a small
+    vector. DeepSeek-AI 2024, section 2.1 (arXiv 2405.04434).
+    """
+
+    kv_rank: int
+    rope_dim: int
+    value_dim: int | None = None
+    q_rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Linear attention: a state of fixed size in the place of keys and values; see `nn.linear_attention`.
+
+    kind:        what happens to the state before a token is added to it.
+    feature_map: name of the function on queries and keys; the kind's own unless given.
+    decay:       what the gates of the gated kinds belong to.
+    conv:        length of the short causal convolution on queries, keys and values; 0 for none.
+    Katharopoulos et al. 2020 (arXiv 2006.16236).
+    """
+
+    kind: Kind = "linear"
+    feature_map: str | None = None
+    decay: Decay = "channel"
+    conv: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind {self.kind!r} is not one of {', '.join(get_args(Kind))}")
+        if self.decay not in get_args(Decay):
+            raise ValueError(f"decay {self.decay!r} is not one of {', '.join(get_args(Decay))}")
+        if self.feature_map is not None:
+            find_feature_map(self.feature_map)
+        if self.conv < 0:
+            raise ValueError(f"conv {self.conv} must be 0 (none) or a number of tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The shape of a decoder. Sizes in features or tokens; `kv_heads` and `head_dim` follow `heads` unless given.
+
+    Mixers: softmax attention over the whole past unless one of three is given. `window`: over the last so many tokens,
+    itself included. `latent`: from a small vector a token. `linear`: a state of fixed size. `full_layers` (numbers of
+    layers, from 0) keep softmax attention over the whole past in a model with `window` or `linear`.
 
     positions: "sinusoidal" and "learned" are added to the embeddings; "rotary", "alibi", "t5" and "shaw" act inside
     attention, one scheme for all layers but `nope_layers` (numbers of layers, from 0), which see no positions, as
@@ -52,6 +100,10 @@ class DecoderConfig:
     context: int
     kv_heads: int | None = None
     head_dim: int | None = None
+    window: int | None = None
+    latent: LatentConfig | None = None
+    linear: LinearConfig | None = None
+    full_layers: tuple[int, ...] = ()
     activation: str | Activation = "silu"
     gated: bool = True
     norm: Norm = "rms"
@@ -85,7 +137,48 @@ class DecoderConfig:
         for name, kinds in (("norm", Norm), ("positions", Positions), ("placement", Placement)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(kinds))}")
+        self._check_mixers()
         self._check_positions()
+
+    def is_full(self, layer: int) -> bool:
+        """Whether this layer looks at the whole past, each token of it."""
+        return layer in self.full_layers or (self.window is None and self.linear is None)
+
+    def _check_mixers(self) -> None:
+        chosen = [name for name in ("window", "latent", "linear") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are given: a layer has one mixer")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window {self.window} must be at least 1")
+        if self.latent is not None and self.positions not in ("none", "rotary"):
+            raise ValueError(f"latent attention goes with rotary positions or none, not {self.positions!r}")
+        if self.latent is not None and self.kv_heads is not None:
+            raise ValueError(
+                f"kv_heads {self.kv_heads} has no meaning with latent attention: its heads share a latent"
+            )
+        if self.latent is not None and self.qk_norm:
+            raise ValueError(
+                "qk_norm goes with key heads, and latent attention has none: its latents are normalised"
+            )
+        if self.linear is not None and self.positions in ("alibi", "t5", "shaw"):
+            raise ValueError(
+                f"linear attention has no logits that positions {self.positions!r} could be added to"
+            )
+        if self.full_layers and self.window is None and self.linear is None:
+            raise ValueError(
+                f"full_layers {self.full_layers} need a window or linear: all layers are full as it is"
+            )
+        self._check_layers("full_layers")
+
+    def _check_layers(self, name: str) -> None:
+        layers, what = getattr(self, name), name.removesuffix("_layers")
+        for layer in layers:
+            if not isinstance(layer, int) or isinstance(layer, bool):
+                raise TypeError(f"{what} layer {layer!r} must be an int, the number of a layer")
+            if not 0 <= layer < self.layers:
+                raise ValueError(f"{what} layer {layer} is not one of the {self.layers} layers")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{name} {layers} name a layer twice")
 
     def _check_positions(self) -> None:
         if self.rotary_layout not in get_args(RotaryLayout):
@@ -97,13 +190,7 @@ class DecoderConfig:
             raise ValueError(
                 f"nope_layers {self.nope_layers} need positions that act inside attention, not {self.positions!r}"
             )
-        for layer in self.nope_layers:
-            if not isinstance(layer, int) or isinstance(layer, bool):
-                raise TypeError(f"nope layer {layer!r} must be an int, the number of a layer")
-            if not 0 <= layer < self.layers:
-                raise ValueError(f"nope layer {layer} is not one of the {self.layers} layers")
-        if len(set(self.nope_layers)) < len(self.nope_layers):
-            raise ValueError(f"nope_layers {self.nope_layers} name a layer twice")
+        self._check_layers("nope_layers")
 
 
 class Decoder(nn.Module):
@@ -120,30 +207,58 @@ class Decoder(nn.Module):
         scheme = self.attention_positions = attention_positions(config)  # one table, shared by all layers
         self.dropout = Dropout(config.dropout) if config.dropout else None
         norm = partial({"layer": LayerNorm, "rms": RMSNorm}[config.norm], config.dim, eps=config.norm_eps)
-        self.blocks = nn.ModuleList(
-            self._block(norm, PositionScheme() if layer in config.nope_layers else scheme)
-            for layer in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(self._block(layer, norm, scheme) for layer in range(config.layers))
         # A post-norm stack already ends in a norm.
         self.norm = nn.Identity() if config.placement == "post" else norm()
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
 
-    def _block(self, norm: partial, positions: PositionScheme) -> Block:
+    def _block(self, layer: int, norm: partial, scheme: PositionScheme) -> Block:
         c = self.config
-        mixer = MultiHeadAttention(
+        mixer = self._mixer(layer, PositionScheme() if layer in c.nope_layers else scheme)
+        make = GatedFeedForward if c.gated else FeedForward
+        feedforward = make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
+        return Block(mixer, feedforward, norm, placement=c.placement, dropout=c.dropout)
+
+    def _mixer(self, layer: int, positions: PositionScheme) -> nn.Module:
+        c = self.config
+        if c.latent is not None:
+            return LatentAttention(
+                c.dim,
+                c.heads,
+                head_dim=_head_dim(c),
+                kv_rank=c.latent.kv_rank,
+                rope_dim=c.latent.rope_dim,
+                value_dim=c.latent.value_dim,
+                q_rank=c.latent.q_rank,
+                norm_eps=c.norm_eps,
+                bias=c.attention_bias,
+                positions=positions,
+            )
+        if c.linear is not None and layer not in c.full_layers:
+            return LinearAttention(
+                c.dim,
+                c.heads,
+                kv_heads=c.kv_heads,
+                head_dim=c.head_dim,
+                kind=c.linear.kind,
+                feature_map=c.linear.feature_map,
+                decay=c.linear.decay,
+                conv=c.linear.conv,
+                bias=c.attention_bias,
+                norm_eps=c.norm_eps,
+            )
+        return MultiHeadAttention(
             c.dim,
             c.heads,
             kv_heads=c.kv_heads,
             head_dim=c.head_dim,
             bias=c.attention_bias,
             out_bias=c.out_bias,
+            window=None if layer in c.full_layers else c.window,
             qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
             positions=positions,
         )
-        make = GatedFeedForward if c.gated else FeedForward
-        feedforward = make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
-        return Block(mixer, feedforward, norm, placement=c.placement, dropout=c.dropout)
 
     def hidden(
         self,
@@ -185,6 +300,7 @@ class Decoder(nn.Module):
             plain = cache.plain
         elif plain:
             positions = torch.arange(new, device=x.device)[None]
+        given = mask
         if mask is None and not plain:
             mask = visible(positions, positions if cache is None else cache.positions)
         x = self.positions.embed(x, positions)
@@ -192,7 +308,9 @@ class Decoder(nn.Module):
             x = self.dropout(x)
         with self.attention_positions.reused(positions, x.dtype):
             for index, block in enumerate(self.blocks):
-                x = block(x, positions=positions, mask=mask, cache=None if cache is None else cache[index])
+                # A window and a state go by the positions themselves: they know padding, and what is too far back.
+                seen = mask if self.config.is_full(index) else given
+                x = block(x, positions=positions, mask=seen, cache=None if cache is None else cache[index])
         return self.norm(x)
 
     def unembed(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
@@ -211,8 +329,15 @@ class Decoder(nn.Module):
         return self.unembed(self.hidden(ids, positions=positions, mask=mask, cache=cache))
 
     def make_cache(self, *, capacity: int = 0) -> KVCache:
-        """An empty cache that fits this model."""
-        return KVCache(self.config.layers, capacity=capacity)
+        """An empty cache that fits this model: layers with a window keep no more than that."""
+        window = self.config.window
+        layers = [
+            LayerCache
+            if self.config.is_full(layer) or window is None
+            else partial(RollingLayerCache, window=window)
+            for layer in range(self.config.layers)
+        ]
+        return KVCache(self.config.layers, capacity=capacity, layer=layers)
 
     def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or 0 in ids.shape:
@@ -241,7 +366,7 @@ def attention_positions(config: DecoderConfig) -> PositionScheme:
     """The scheme that acts inside attention, if the configuration names one."""
     if config.positions == "rotary":
         return RotaryPositions(
-            _head_dim(config),
+            _head_dim(config) if config.latent is None else config.latent.rope_dim,
             base=config.rope_base,
             length=config.context,
             layout=config.rotary_layout,

@@ -48,7 +48,7 @@ def _table(layer: Names, prefix: str, outside: Names) -> Names:
 
 LLAMA = _table(_LLAMA_LAYER, "model.layers.", _OUTSIDE)
 QWEN3 = _table(_QWEN3_LAYER, "model.layers.", _OUTSIDE)
-SMOLLM3 = LLAMA
+SMOLLM3 = MISTRAL = LLAMA
 GPT2 = _table(
     {
         f"{theirs}.{part}": f"{ours}.{part}"
@@ -131,14 +131,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """A transformers configuration (as a dict) of the families `llama`, `qwen3` and `smollm3`.
+    """A transformers configuration (as a dict) of the families `llama`, `mistral`, `qwen3` and `smollm3`.
 
-    Unsupported options are named. SmolLM3 leaves positions out in some layers, every fourth one unless
-    `no_rope_layers` (1 where a layer has rotary positions, 0 where it has none) says otherwise.
+    Mistral's `sliding_window` (None in its later models) becomes the window of every layer. Unsupported options are
+    named. SmolLM3 leaves positions out in some layers, every fourth one unless `no_rope_layers` (1 where a layer has
+    rotary positions, 0 where it has none) says otherwise.
     """
     kind = config.get("model_type")
-    if kind not in ("llama", "qwen3", "smollm3"):
-        raise ValueError(f"model_type {kind!r} is not one of llama, qwen3, smollm3")
+    if kind not in ("llama", "mistral", "qwen3", "smollm3"):
+        raise ValueError(f"model_type {kind!r} is not one of llama, mistral, qwen3, smollm3")
     rope = config.get("rope_parameters") or {
         "rope_theta": config.get("rope_theta", 2000000.0 if kind == "smollm3" else 10000.0),
         "rope_type": "default",
@@ -154,6 +155,7 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim"),
+        window=config.get("sliding_window") if kind == "mistral" else None,
         hidden=config["intermediate_size"],
         context=config["max_position_embeddings"],
         activation=config["hidden_act"],
@@ -179,11 +181,17 @@ def _nope_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """A transformers configuration (as a dict) of the family `gpt2`. Unsupported options are named."""
-    if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type {config.get('model_type')!r} is not 'gpt2'")
+    """A transformers configuration (as a dict) of the families `gpt2` and `gpt_bigcode`. Unsupported options are named.
+
+    GPT-BigCode (SantaCoder, StarCoder) is GPT-2 with one key/value head for all.
+    """
+    kind = config.get("model_type")
+    if kind not in ("gpt2", "gpt_bigcode"):
+        raise ValueError(f"model_type {kind!r} is not one of gpt2, gpt_bigcode")
     if not config.get("scale_attn_weights", True):
         raise ValueError("scale_attn_weights=False is not supported yet")
+    if kind == "gpt_bigcode" and not config.get("multi_query", True):
+        raise ValueError("multi_query=False is not supported yet")
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if config.get(name):
             raise ValueError(f"{name} is not supported yet")
@@ -193,9 +201,10 @@ def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
         dim=config["n_embd"],
         layers=config["n_layer"],
         heads=config["n_head"],
+        kv_heads=1 if kind == "gpt_bigcode" else None,
         hidden=config.get("n_inner") or 4 * config["n_embd"],
         context=config["n_positions"],
-        activation="gelu_tanh" if activation == "gelu_new" else activation,
+        activation="gelu_tanh" if activation in ("gelu_new", "gelu_pytorch_tanh") else activation,
         gated=False,
         norm="layer",
         norm_eps=config["layer_norm_epsilon"],
@@ -208,22 +217,23 @@ def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def gpt2_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """All tensors of a GPT-2 checkpoint under our names.
+    """All tensors of a GPT-2 or GPT-BigCode checkpoint under our names.
 
-    GPT-2 multiplies from the other side (`x @ weight`), so its matrices are transposed, and keeps query, key and
-    value side by side in one, which is cut in three. Names may begin with `transformer.`; the constant causal masks
-    of old files and the head's copy of the tied embedding are left out.
+    Query, key and value stand side by side in one matrix, which is cut in three. GPT-2 multiplies from the other side
+    (`x @ weight`), so its matrices are transposed; GPT-BigCode's, with fewer key heads, are not. Names may begin with
+    `transformer.`; the constant causal masks of old files and the head's copy of the tied embedding are left out.
     """
     read: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config.tied):
             continue
-        if ".c_" in name and name.endswith(".weight"):
+        if config.kv_heads is None and ".c_" in name and name.endswith(".weight"):
             tensor = tensor.T.contiguous()
         if ".c_attn." in name:
             whole, part = name.rsplit(".", 1)
-            pieces = zip("qkv", tensor.chunk(3), strict=True)
+            keys = config.dim // config.heads * (config.kv_heads or config.heads)
+            pieces = zip("qkv", tensor.split([config.dim, keys, keys]), strict=True)
             read |= {f"{whole}.{letter}.{part}": piece.contiguous() for letter, piece in pieces}
         else:
             read[name] = tensor

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_atlas.nn.cache import LayerCache
-from llm_atlas.nn.masks import causal_mask
+from llm_atlas.nn.cache import LayerCache, RollingLayerCache
+from llm_atlas.nn.masks import causal_mask, check_window, visible
 from llm_atlas.nn.norm import RMSNorm
 from llm_atlas.nn.positions import PositionScheme
 
@@ -120,11 +120,14 @@ def fused_attention(
     elif is_causal and mask is not None:
         mask, is_causal = _and(mask, causal_mask(q.shape[-2], device=q.device)), False
     shared = q.dim() > 2 and k.dim() > 2 and q.shape[-3] > k.shape[-3] and (k.shape[-3] > 1 or q.dim() == 4)
-    if shared and q.shape[-2] == 1 and (mask is None or (mask.dim() == 4 and mask.shape[-3] == 1)):
-        # One new token: the heads of a group become the queries of one head, and no key is repeated.
-        grouped = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
+    few = q.shape[-2] == 1 or q.shape[-2] < k.shape[-2]
+    if shared and few and (mask is None or (mask.dim() == 4 and mask.shape[-3] == 1)):
+        # New tokens behind a cache: the heads of a group become queries of one head, and no key is repeated.
+        grouped = q.unflatten(-3, (k.shape[-3], -1)).flatten(-3, -2)
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask.repeat(1, 1, q.shape[-3] // k.shape[-3], 1)
         out = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-        return out.flatten(-3, -2).unsqueeze(-2)
+        return out.unflatten(-2, (-1, q.shape[-2])).flatten(-4, -3)
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared
     )
@@ -163,8 +166,15 @@ class MultiHeadAttention(nn.Module):
     `mask`, where given, is the whole truth about who may look where (batch, heads or 1, queries, keys); without one a
     causal module lets every query see itself and all keys before it, and a module that is not causal lets it see all.
     Cost per token: four projections, and $2 \cdot 2 \cdot T \cdot \text{dim}$ FLOPs against $T$ keys.
-    Raises ValueError when `dim` does not divide into `heads`, or `heads` into `kv_heads`.
-    Vaswani et al. 2017, section 3.2.2 (arXiv 1706.03762).
+
+    `window`: a query looks at the `window` positions up to its own and no further back (Mistral 7B, every other layer
+    of Gemma 2). Without a `mask`, who may look where then follows from `positions`, padding (-1) included, and the cost
+    against $T$ keys becomes one against $O(\text{window})$ (`nn.local_attention`). A `mask` still says who may look,
+    and the window takes away what lies too far back. A `RollingLayerCache` brings its own window and sinks, which are
+    seen from everywhere; behind another cache with padding all its keys are scored under a mask.
+    Raises ValueError when `dim` does not divide into `heads`, or `heads` into `kv_heads`, and for a `window` in a
+    module that is not causal or has a context.
+    Vaswani et al. 2017, section 3.2.2 (arXiv 1706.03762); window: Jiang et al. 2023, section 2 (arXiv 2310.06825).
     """
 
     def __init__(
@@ -182,9 +192,15 @@ class MultiHeadAttention(nn.Module):
         norm_eps: float = 1e-6,
         positions: PositionScheme | None = None,
         scale: float | None = None,
+        window: int | None = None,
         attend: AttendFunction = fused_attention,
     ) -> None:
         super().__init__()
+        if window is not None:
+            check_window(window)
+            if not causal or context_dim is not None:
+                kind = "cross-attention" if context_dim is not None else "attention that is not causal"
+                raise ValueError(f"window {window} is one of causal self-attention, this is {kind}")
         kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or (head_dim is None and dim % heads):
             raise ValueError(f"dim {dim} must divide into {heads} heads")
@@ -203,6 +219,7 @@ class MultiHeadAttention(nn.Module):
         self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.positions = PositionScheme() if positions is None else positions
         self.scale = scale
+        self.window = window
         self.attend = Attend(attend)
 
     def forward(
@@ -221,6 +238,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"context has {context.shape[-1]} features, this layer takes {self.k.in_features}"
             )
+        window = self._window(context, cache)
         if positions is None:
             past = cache.length if cache is not None and context is None else 0
             positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
@@ -253,12 +271,67 @@ class MultiHeadAttention(nn.Module):
             key_positions = positions if cache is None else cache.positions
             if key_positions is None:  # this module is used alone: no model has placed the slots
                 key_positions = torch.arange(keys, device=x.device)[None]
+            if window is not None:
+                mixed = self._attend_near(q, k, v, window, positions, key_positions, mask, cache)
+                return self.out(merge_heads(mixed))
             bias = self.positions.bias(q, positions, key_positions)
         is_causal = self.causal and context is None and mask is None and queries > 1
         if is_causal and keys != queries:
             mask, is_causal = causal_mask(queries, keys, device=x.device), False
         mixed = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=self.scale)
         return self.out(merge_heads(mixed))
+
+    def _window(self, context: Tensor | None, cache: LayerCache | None) -> int | None:
+        """How far back a query sees: what the module says, or a rolling cache."""
+        rolling = isinstance(cache, RollingLayerCache)
+        if context is not None and (rolling or self.window is not None):
+            window = self.window if self.window is not None else cache.window
+            raise ValueError(f"window {window} is one of causal self-attention, this is cross-attention")
+        if not rolling:
+            return self.window
+        if not self.causal:
+            raise ValueError("a rolling cache is for causal attention: it forgets what others may look at")
+        if self.window is not None and self.window > cache.window:
+            raise ValueError(
+                f"the cache keeps a window of {cache.window}, this layer looks back {self.window}"
+            )
+        return cache.window if self.window is None else self.window
+
+    def _attend_near(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int,
+        positions: Tensor,
+        key_positions: Tensor,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Attention within the window, in blocks where the slots' order is known, else under a mask."""
+        from llm_atlas.nn.local_attention import local_attention  # which builds on this file
+
+        rolling = isinstance(cache, RollingLayerCache)
+        sinks = cache.sinks if rolling else 0
+        in_order = cache is not None and cache.plain and not rolling  # the keys are 0, 1, 2, ...
+        if mask is None and not sinks and (in_order or rolling or q.shape[-2] == k.shape[-2]):
+            where = None if in_order else key_positions
+            return local_attention(
+                q,
+                k,
+                v,
+                window=window,
+                positions=where,
+                bias=self.positions.bias,
+                scale=self.scale,
+                attend=self.attend,
+            )
+        near = key_positions[:, None, None, :] > positions[:, None, :, None] - window
+        if sinks:
+            near = near | (key_positions < sinks)[:, None, None, :]
+        mask = near & (visible(positions, key_positions) if mask is None else mask)
+        bias = self.positions.bias(q, positions, key_positions)
+        return self.attend(q, k, v, mask=mask, bias=bias, is_causal=False, scale=self.scale)
 
 
 def split_heads(

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_atlas.nn.masks import check_rising, check_window
+
 
 class LayerCache:
     """One layer's part of a `KVCache`: what its mixer keeps of the past.
@@ -29,6 +31,11 @@ class LayerCache:
     def positions(self) -> Int[Tensor, "batch length"] | None:
         """The position of every slot, this step's included; None before the model has placed any."""
         return self._owner.positions
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row holds positions 0, 1, 2, ... (also when no model has placed any)."""
+        return self._owner.plain
 
     @property
     def rows(self) -> int:
@@ -141,19 +148,27 @@ class KVCache:
 
     Bytes a token and row: 2 x layers x key/value heads x head dim x bytes a number.
     Use: `cache = KVCache(layers)`, then pass it to every call of the model. `layer` makes one layer's part: another
-    kind of cache is another `LayerCache`, and where its slots stand differently another `place`.
+    kind of cache is another `LayerCache`, and where its slots stand differently another `place`. A sequence of them,
+    one a layer, mixes kinds (windowed layers between full ones: `partial(RollingLayerCache, window=1024)`).
     Shazeer 2019, section 2.4 (arXiv 1911.02150).
     """
 
     def __init__(
-        self, layers: int, *, capacity: int = 0, layer: Callable[["KVCache"], LayerCache] = LayerCache
+        self,
+        layers: int,
+        *,
+        capacity: int = 0,
+        layer: Callable[["KVCache"], LayerCache] | Sequence[Callable[["KVCache"], LayerCache]] = LayerCache,
     ) -> None:
         if layers < 1 or capacity < 0:
             raise ValueError(f"layers {layers} must be at least 1 and capacity {capacity} not negative")
+        kinds = [layer] * layers if callable(layer) else layer
+        if len(kinds) != layers:
+            raise ValueError(f"there are {len(kinds)} kinds of cache for {layers} layers")
         self.capacity = capacity
         self.positions: Int[Tensor, "batch length"] | None = None
         self._in_order = 0  # so many slots from the first hold positions 0, 1, 2, ... in every row
-        self._layers = [layer(self) for _ in range(layers)]
+        self._layers = [kind(self) for kind in kinds]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -241,3 +256,104 @@ class KVCache:
         twin = copy.copy(self)
         twin._layers = [layer.fork(twin) for layer in self._layers]
         return twin
+
+
+class RollingLayerCache(LayerCache):
+    r"""Keeps the last `window` tokens, and the first `sinks` if asked: bounded memory for text of any length.
+
+    `append` returns what the new tokens may look at, the old window and all of the new ones, and forgets afterwards;
+    so a prompt longer than the window may come in one piece. `length` goes on counting the tokens seen, `positions`
+    are those of the slots that the last `append` returned. `truncate` needs the whole window before the cut: one
+    token can be taken back, more only while nothing is gone; fork before drafts.
+
+    Slots are dropped by their number, so tokens must stand in order, and padding on the left; the first slots of a
+    row must be tokens where `sinks` are kept. ValueError otherwise, on the CPU (`nn.masks.check_rising`).
+    Keys keep the rotation of their place in the text: sinks grow more distant, where the paper counts places within
+    the cache. For that reason alone the context of a rotary table still ends the text.
+    Bytes: (window + sinks) x those of one token. Cost of an append: one copy of that.
+    Use: `KVCache(layers, layer=partial(RollingLayerCache, window=256))`.
+    Jiang et al. 2023, section 2 (arXiv 2310.06825); sinks: Xiao et al. 2023, section 3.2 (arXiv 2309.17453).
+    """
+
+    def __init__(self, owner: KVCache, *, window: int, sinks: int = 0) -> None:
+        super().__init__(owner)
+        check_window(window)
+        if sinks < 0:
+            raise ValueError(f"sinks {sinks} must not be negative")
+        self.window, self.sinks = window, sinks
+        self._gone = 0  # so many slots behind the sinks are dropped
+        self._returned = 0  # and so many were, before the last append
+
+    @property
+    def positions(self) -> Int[Tensor, "batch length"] | None:
+        """The position of every slot that the last `append` returned; slot numbers where no model has placed any."""
+        return None if self._buffers is None else self._places(self._returned, self.length)
+
+    def append(
+        self, *new: Float[Tensor, "batch _heads new _dim"]
+    ) -> tuple[Float[Tensor, "batch _heads _length _dim"], ...]:
+        """The kept slots and the new ones behind them; then only the last `window` and the sinks are kept."""
+        misfit = None if self._buffers is None else _misfit(self._buffers, new)
+        if misfit:
+            raise ValueError(misfit)
+        end = self.length + new[0].shape[-2]
+        self._check_order(end)
+        joined = new
+        if self._buffers is not None:
+            joined = tuple(torch.cat(pair, dim=2) for pair in zip(self._buffers, new, strict=True))
+        self._returned, self.length = self._gone, end
+        self._gone = max(self._gone, end - self.sinks - self.window)
+        drop = self._gone - self._returned
+        # A copy, so that what is dropped is freed.
+        parts = [(t[:, :, : self.sinks], t[:, :, self.sinks + drop :]) for t in joined]
+        self._buffers = tuple(torch.cat(part, dim=2) for part in parts) if drop else joined
+        return joined
+
+    def read(self) -> tuple[Float[Tensor, "batch _heads _length _dim"], ...]:
+        """What is kept for the next tokens: the sinks and the last window."""
+        if self._buffers is None:
+            raise ValueError("the cache is empty: append before read")
+        return self._buffers
+
+    def keep(self, new: int, *state: Tensor) -> None:
+        """Not here: a state is of fixed size already."""
+        raise TypeError("a rolling cache keeps slots, not a state: use LayerCache")
+
+    def truncate(self, length: int) -> None:
+        """Forget the slots from `length` on. ValueError when part of the window before them is gone already."""
+        self.check_cut(length)
+        if length <= self.sinks:
+            self._gone = 0
+        kept = length - self._gone
+        self._buffers = tuple(t[:, :, :kept] for t in self.read()) if length else None
+        self.length, self._returned = length, self._gone
+
+    def check_cut(self, length: int) -> None:
+        """Raise ValueError where `truncate(length)` would."""
+        super().check_cut(length)
+        first = self.sinks + self._gone  # of those that are kept behind the sinks
+        if self._gone and self.sinks < length < first + self.window - 1:
+            raise ValueError(
+                f"cannot truncate to {length}: a window of {self.window} there begins in slot"
+                f" {max(0, length - self.window + 1)}, and slots {self.sinks} to {first - 1} are gone; fork it first"
+            )
+
+    def _places(self, gone: int, end: int) -> Tensor:
+        placed = self._owner.positions
+        if placed is None:
+            placed = torch.arange(end, device=self._buffers[0].device)[None]
+        if not gone:
+            return placed[:, :end]
+        return torch.cat([placed[:, : self.sinks], placed[:, self.sinks + gone : end]], dim=1)
+
+    def _check_order(self, end: int) -> None:
+        placed = self._owner.positions
+        if placed is None or self.plain or placed.device.type != "cpu":
+            return
+        check_rising(placed[:, :end])
+        first = placed[:, : min(self.sinks, end)]
+        if (first != torch.arange(first.shape[1])).any():
+            raise ValueError(
+                f"the first {first.shape[1]} slots are kept as sinks and must hold positions 0, 1, ... in every row,"
+                f" not {first.tolist()}"
+            )

@@ -71,3 +71,56 @@ def left_pad(
     ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
     positions = [[PAD] * (longest - n) + list(range(n)) for n in lengths]
     return torch.tensor(ids, device=device), torch.tensor(positions, device=device)
+
+
+def sliding_window_mask(
+    queries: int,
+    keys: int | None = None,
+    *,
+    window: int,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "{queries} keys"]:
+    r"""A band: query $i$ may look at key $j$ where $i - \text{window} < j \le i$ ($i$ counted as in `causal_mask`).
+
+    The window counts the query's own key: window 1 is the diagonal, and a window of at least `keys` the causal mask.
+    Not `causal`: $|i - j| < \text{window}$, as far ahead as back (the $w$ of Longformer is 2 window - 2). A mask over
+    all pairs of full attention hides most of them and saves none: `nn.local_attention` leaves them out.
+    Raises ValueError for a window below 1 and where `causal_mask` does.
+    Beltagy et al. 2020, section 3.1 (arXiv 2004.05150); Jiang et al. 2023, section 2 (arXiv 2310.06825).
+    """
+    check_window(window)
+    mask = causal_mask(queries, keys, device=device)
+    keys = mask.shape[1]
+    i = torch.arange(keys - queries, keys, device=device)[:, None]
+    j = torch.arange(keys, device=device)
+    return mask & (j > i - window) if causal else (i - j).abs() < window
+
+
+def check_window(window: int) -> None:
+    """Raise TypeError for a window that is no whole number, ValueError for one below 1."""
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window {window!r} must be an int, the number of keys a query sees")
+    if window < 1:
+        raise ValueError(f"window {window} must be at least 1: it counts the query's own key")
+
+
+def check_rising(positions: Int[Tensor, "batch seq"]) -> None:
+    """Raise ValueError unless positions grow by at least 1 from slot to slot, padding aside, in every row.
+
+    Then two tokens are never further apart in slots than in positions, and the last `window` slots hold all that a
+    window of positions reaches. Padding on the left or right keeps to it, padding between tokens does not, nor do two
+    candidates for one position. Checked on the CPU only: elsewhere reading a value back would make the device wait.
+    """
+    if positions.device.type != "cpu":
+        return
+    ahead = positions - torch.arange(positions.shape[1])
+    padded = positions <= PAD
+    most = ahead.masked_fill(padded, torch.iinfo(ahead.dtype).min).cummax(-1).values
+    late = ~padded & (most > ahead)
+    if late.any():
+        row, slot = late.nonzero()[0].tolist()
+        raise ValueError(
+            f"position {int(positions[row, slot])} in slot {slot} of row {row} does not lie as far from an earlier"
+            " one as their slots: a window needs tokens in order, and padding at the ends alone"
+        )

@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llm_atlas.core.assets import bundled
+from llm_atlas.nn.linear_attention import LinearAttention
 from llm_atlas.nn.moe import Experts, Router
 
 FIELDS = ("recipe", "command", "hardware", "versions", "seeds", "settings", "rows")
@@ -146,7 +147,7 @@ def initialize(model: nn.Module, generator: torch.Generator, *, embedding_std: f
 
     Linear, experts and their router: $\mathcal N(0, 1/\text{in features})$, which keeps the size of what comes in
     (LeCun et al. 1998, section 4.6), biases 0. Embedding: standard deviation `embedding_std`, $1/\sqrt{\text{dim}}$
-    unless given.
+    unless given. Gates of linear attention begin as `LinearAttention.draw_gates` says.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -158,6 +159,9 @@ def initialize(model: nn.Module, generator: torch.Generator, *, embedding_std: f
             module.weight.normal_(std=std, generator=generator)
         elif isinstance(module, (Router, Experts)):
             module.reset_parameters(generator)
+    for module in model.modules():
+        if isinstance(module, LinearAttention):
+            module.draw_gates(generator)
 
 
 def warmup_then_cosine(

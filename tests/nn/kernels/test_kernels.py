@@ -107,6 +107,7 @@ def test_without_triton_the_call_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "llm-atlas\[triton\]"'):
         swiglu(draw(2), draw(2))
     assert _triton.jit(agree) is agree
+    assert _triton.jit(do_not_specialize=[])(agree) is agree
 
 
 APART = """
@@ -114,9 +115,10 @@ import sys, warnings
 warnings.simplefilter("ignore")
 sys.modules.update(dict.fromkeys(sys.argv[2:]))  # None: as if it were not installed
 import torch
+from llm_atlas.nn.kernels.flash import flash_attention
 from llm_atlas.nn.kernels.rms_norm import rms_norm
 from llm_atlas.nn.kernels.swiglu import swiglu
-for call in (lambda x: rms_norm(x), lambda x: swiglu(x, x)):
+for call in (lambda x: rms_norm(x), lambda x: swiglu(x, x), lambda x: flash_attention(x, x, x)):
     try:
         call(torch.ones(2, 3))
     except (ImportError, ValueError) as error:
@@ -134,12 +136,12 @@ for call in (lambda x: rms_norm(x), lambda x: swiglu(x, x)):
 )
 def test_they_can_be_imported_where_they_cannot_run(kind, hidden, says):
     out = apart("-c", APART, kind, *hidden)
-    assert out.count(says) == 2
+    assert out.count(says) == 3
 
 
 def test_they_compile_to_machine_code_for_real_gpus(tmp_path):
     out = apart(str(Path(__file__).with_name("compile_for_gpu.py")), TRITON_CACHE_DIR=str(tmp_path))
-    assert out.split("\n")[-2] == "24 kernels"
+    assert out.split("\n")[-2] == "54 kernels"
 
 
 def apart(*command, **environment):

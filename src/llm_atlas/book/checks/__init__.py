@@ -159,7 +159,7 @@ def _tensor_fault(got: Any, wanted: Tensor, rtol: float, atol: float) -> str | N
     else:
         if got.isnan().any() and not wanted.isnan().any():
             return f"the result has NaN at {_index(got.isnan())}"
-        bad = ~torch.isclose(got.double(), wanted.double(), rtol=rtol, atol=atol)
+        bad = ~torch.isclose(got.double(), wanted.double(), rtol=rtol, atol=atol, equal_nan=True)
     if not bad.any():
         return None
     at = _index(bad)

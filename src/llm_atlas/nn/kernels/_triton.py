@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ __all__ = ["check", "jit", "tl", "triton"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def jit(kernel: Callable) -> Callable:
-    """`triton.jit`, or the function as it is."""
+def jit(kernel: Callable | None = None, **options: object) -> Callable:
+    """`triton.jit`, or the function as it is. Used as @jit or as @jit(...) with options of `triton.jit`."""
+    if kernel is None:
+        return partial(jit, **options)
     # Unwrapped: a checker of types around it would hide its source and its globals from Triton.
-    return kernel if triton is None else triton.jit(inspect.unwrap(kernel))
+    return kernel if triton is None else triton.jit(inspect.unwrap(kernel), **options)
 
 
 def check(name: str, kernel: Callable, *tensors: Tensor) -> None:
