@@ -406,6 +406,13 @@ def test_a_token_looks_at_the_last_image_before_it_alone(crossed):
     assert moved[0] == 0
 
 
+def test_there_are_all_patches_to_look_at_and_not_the_class_token(crossed):
+    (pictures,) = images(3)
+    features = crossed.image_features(pictures)
+    assert features.shape == (3, 4, 6)
+    assert torch.equal(features, crossed.vision(pictures)[:, 1:])
+
+
 def test_the_caches_rows_go_with_their_images(crossed):
     ids = torch.tensor([[3, IMAGE, 4], [IMAGE, IMAGE, 5]])
     pictures = images(1, 2)
