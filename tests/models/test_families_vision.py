@@ -254,8 +254,8 @@ def test_configurations_are_read():
         (
             from_llava_config,
             "llava",
-            {"text_config": {"model_type": "mistral"}},
-            "model_type 'mistral' is not one of .*",
+            {"text_config": {"model_type": "mpt"}},
+            "model_type 'mpt' is not one of .*",
         ),
     ],
 )
