@@ -304,7 +304,9 @@ def test_published_configurations_of_t5_say_by_their_tie_what_they_are():
     assert from_t5_config(published, context=4096).context == 4096
     newer = theirs("t5")[1].to_dict()
     assert newer["tie_word_embeddings"]  # transformers 5 writes it for both
-    assert not from_t5_config(newer).scale_logits
+    for tied in (True, False):
+        read = from_t5_config(newer, tied=tied)
+        assert (read.tied, read.scale_logits) == (tied, False)
 
 
 def test_the_scale_of_t5s_logits_and_of_its_attention_are_needed():

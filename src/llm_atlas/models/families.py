@@ -4,7 +4,7 @@ In a table `{}` stands for the number of a layer.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from llm_atlas.models.decoder import DecoderConfig
 from llm_atlas.nn.positions import PositionScheme, interleaved_to_half
 
 Names = dict[str, str]
+Config = TypeVar("Config")
 
 _LLAMA_LAYER = {
     "input_layernorm.weight": "mixer.norm.weight",
@@ -280,9 +281,7 @@ def gguf_weights(
     return weights
 
 
-def build(
-    config: DecoderConfig, weights: Mapping[str, Tensor], model: Callable[[DecoderConfig], nn.Module]
-) -> nn.Module:
+def build(config: Config, weights: Mapping[str, Tensor], model: Callable[[Config], nn.Module]) -> nn.Module:
     """A model with these weights, without first filling it with random ones."""
     with torch.device("meta"):
         made = model(config)

@@ -112,12 +112,8 @@ def _spaced(c: str) -> str:
     kind = unicodedata.category(c)
     if kind[0] == "Z":
         return " "
-    if c in "\0\ufffd" or kind in (
-        "Cc",
-        "Cf",
-        "Co",
-        "Cs",
-    ):  # what is not assigned yet may be a letter one day
+    # Not all of C: what is not assigned yet (Cn) may be a letter one day.
+    if c in "\0\ufffd" or kind in ("Cc", "Cf", "Co", "Cs"):
         return ""
     return f" {c} " if any(low <= ord(c) <= high for low, high in _CHINESE) else c
 
