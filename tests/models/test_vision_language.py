@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from llm_atlas.core.seeds import generator
 from llm_atlas.infer.generate import generate
-from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.models.decoder import Decoder, DecoderConfig, LatentConfig, LinearConfig
 from llm_atlas.models.vision import VisionConfig
 from llm_atlas.models.vision_language import (
     CLIP,
@@ -335,6 +335,9 @@ DECODERS = {
     "alibi, grouped": dataclasses.replace(TEXT, positions="alibi", heads=4, kv_heads=2),
     "some layers without positions": dataclasses.replace(TEXT, nope_layers=(1,)),
     "post": dataclasses.replace(TEXT, placement="post"),
+    "window": dataclasses.replace(TEXT, window=2, full_layers=(1,)),
+    "linear": dataclasses.replace(TEXT, linear=LinearConfig(), full_layers=(1,)),
+    "latent": dataclasses.replace(TEXT, latent=LatentConfig(kv_rank=5, rope_dim=2)),
 }
 
 
@@ -443,6 +446,22 @@ def test_a_cut_cache_knows_which_image_was_seen(crossed):
     assert cache.context is None
     others = images(2, seed=77)
     assert_close(crossed(ids, images=others, cache=cache), crossed(ids, images=others), atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was(crossed):
+    cache = crossed.make_cache()
+    ids, pictures = torch.tensor([[IMAGE, *[3] * 40]]), images(1)
+    with pytest.raises(ValueError, match="do not fit the context"):
+        crossed(ids, images=pictures, cache=cache)
+    assert (cache.length, cache.seen, cache.context) == (0, None, None)
+    assert_close(crossed(ids[:, :9], images=pictures, cache=cache), crossed(ids[:, :9], images=pictures))
+
+
+def test_the_bytes_of_a_cache_count_its_images(crossed):
+    cache = crossed.make_cache()
+    crossed(torch.tensor([[IMAGE, 3, 4]]), images=images(1), cache=cache)
+    a_layer = 2 * TEXT.dim * 4  # keys and values in float32
+    assert cache.nbytes == TEXT.layers * a_layer * 3 + len(crossed.cross) * a_layer * VISION.patches
 
 
 def test_the_images_are_read_once(crossed):

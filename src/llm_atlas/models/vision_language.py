@@ -294,11 +294,17 @@ class ImageCache(KVCache):
     `seen` (batch, length) counts the images up to each slot, that slot included.
     """
 
-    def __init__(self, layers: int, cross_layers: int, *, capacity: int = 0) -> None:
-        super().__init__(layers, capacity=capacity)
+    def __init__(self, text: KVCache, cross_layers: int) -> None:
+        """Around `text`, an empty cache of the decoder alone, whose kinds of layers it takes."""
+        super().__init__(len(text), capacity=text.capacity, layer=[text[i].fork for i in range(len(text))])
         self.context: Float[Tensor, "batch keys dim"] | None = None
         self.looks = KVCache(cross_layers)
         self.seen: Int[Tensor, "batch length"] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots in use, and of the images' keys and values."""
+        return super().nbytes + self.looks.nbytes
 
     def truncate(self, length: int) -> None:
         """Forget the slots from `length` on. The images stay while any slot does."""
@@ -419,7 +425,11 @@ class CrossVisionLanguage(Decoder):
             (self.blocks[i * self.cross_config.every], partial(before, i)) for i in range(len(self.cross))
         ]
         with hooked(places, before=True):
-            return super().hidden(ids, positions=positions, mask=mask, cache=cache)
+            x = super().hidden(ids, positions=positions, mask=mask, cache=cache)
+        if cache is not None:  # not before, so that a call that was refused leaves nothing behind
+            cache.context = context
+            cache.seen = seen if cache.seen is None else torch.cat([cache.seen, seen], dim=1)
+        return x
 
     def forward(
         self,
@@ -435,7 +445,7 @@ class CrossVisionLanguage(Decoder):
 
     def make_cache(self, *, capacity: int = 0) -> ImageCache:
         """An empty cache that fits this model."""
-        return ImageCache(self.config.layers, len(self.cross), capacity=capacity)
+        return ImageCache(super().make_cache(capacity=capacity), len(self.cross))
 
     def _look(
         self, ids: Tensor, images: Images | None, cache: ImageCache | None
@@ -455,9 +465,6 @@ class CrossVisionLanguage(Decoder):
             if len(flat):
                 rows = self.image_features(flat).split(counts)
                 context = pad_sequence([row.flatten(0, 1) for row in rows], batch_first=True)
-        if cache is not None:
-            cache.context = context
-            cache.seen = seen if cache.seen is None else torch.cat([cache.seen, seen], dim=1)
         return context, seen
 
 
