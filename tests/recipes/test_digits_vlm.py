@@ -312,9 +312,14 @@ def test_the_committed_models_are_those_of_their_rows(method, rows, held_out):
 
 
 def test_one_run_begins_as_it_did(rows):
-    """The first tenth of one run, with the rates of the whole; other CPUs sum in another order."""
-    _, curve = train("splice", 0, stop=SETTINGS["steps"] // 10)
-    assert curve == pytest.approx(pick(rows, "splice")[0]["loss_curve"][:1], abs=0.03)
+    """The tower and the first tenth of one run, with the rates of the whole.
+
+    On other kernels of the same CPU it was off by 0.0001; other seeds are off by more than 0.002.
+    """
+    committed, *others = (row["loss_curve"][0] for row in pick(rows, "cross"))
+    _, (loss,) = train("cross", 0, stop=SETTINGS["steps"] // 10)
+    assert loss == pytest.approx(committed, abs=5e-4)
+    assert all(abs(loss - other) > 1e-3 for other in others)
 
 
 def test_the_script_runs_only_what_is_missing(rows, tmp_path, monkeypatch, capsys):
