@@ -1,21 +1,19 @@
 """Other people's names for the weights of models that see: ViT, CLIP and LLaVA, as transformers has them in memory.
 
 As in `models.families`, a family is a table of names (`{}` stands for the number of a layer) and a way to read its
-configuration. `load_*` takes both and gives the model.
+configuration. `load_*` takes both and gives the model, in eval mode.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_atlas.models.decoder import DecoderConfig
-from llm_atlas.models.families import LLAMA, Names, from_llama_config, load_weights, rename
+from llm_atlas.models.families import LLAMA, Names, build, from_llama_config, rename
 from llm_atlas.models.vision import ImageClassifier, VisionConfig, VisionTransformer, quick_gelu
 from llm_atlas.models.vision_language import CLIP, CLIPConfig, VisionLanguage, VisionLanguageConfig
 from llm_atlas.nn.activations import Activation
-from llm_atlas.nn.positions import PositionScheme
 
 
 def _pairs(names: Names) -> Names:
@@ -191,17 +189,16 @@ def load_vit(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Vision
     ours = from_vit_config(config)
     if "classifier.weight" in weights:
         classes = len(weights["classifier.weight"])
-        return _build(
-            lambda: ImageClassifier(ours, classes), vision_weights(weights, VIT_CLASSIFIER, ours.layers)
-        )
-    return _build(lambda: VisionTransformer(ours), vision_weights(weights, VIT, ours.layers))
+        read = vision_weights(weights, VIT_CLASSIFIER, ours.layers)
+        return build(ours, read, lambda config: ImageClassifier(config, classes)).eval()
+    return build(ours, vision_weights(weights, VIT, ours.layers), VisionTransformer).eval()
 
 
 def load_clip(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CLIP:
     """A CLIP from its configuration and state dict."""
     ours = from_clip_config(config)
     layers = max(ours.vision.layers, ours.text.layers)
-    return _build(lambda: CLIP(ours), vision_weights(weights, CLIP_BOTH, layers))
+    return build(ours, vision_weights(weights, CLIP_BOTH, layers), CLIP).eval()
 
 
 def load_llava(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> VisionLanguage:
@@ -209,7 +206,7 @@ def load_llava(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Visi
     ours = from_llava_config(config)
     layers = max(ours.vision.layers, ours.text.layers)
     kept = {n: t for n, t in weights.items() if n != "lm_head.weight" or not ours.text.tied}
-    return _build(lambda: VisionLanguage(ours), vision_weights(kept, LLAVA, layers))
+    return build(ours, vision_weights(kept, LLAVA, layers), VisionLanguage).eval()
 
 
 def _vision_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,15 +235,3 @@ def _activation(name: str) -> str | Activation:
 def _check_type(config: Mapping[str, Any], wanted: str) -> None:
     if config.get("model_type") != wanted:
         raise ValueError(f"model_type {config.get('model_type')!r} is not {wanted!r}")
-
-
-def _build(make: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
-    """A model with these weights, in eval mode, without first filling it with random ones."""
-    with torch.device("meta"):
-        made = make()
-    load_weights(made, weights)
-    device = next(made.parameters()).device
-    for part in made.modules():
-        if isinstance(part, PositionScheme):
-            part.rebuild(device)
-    return made.eval()
