@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.nn.feedforward import GatedFeedForward
 from llm_atlas.nn.masks import causal_mask, left_pad
+from llm_atlas.nn.moe import ExpertsConfig, MixtureOfExperts
 
 CONFIG = DecoderConfig(vocab=13, dim=16, layers=2, heads=4, kv_heads=2, hidden=24, context=32)
 GPT = dataclasses.replace(
@@ -30,6 +32,19 @@ CONFIGS = {
     "alibi": dataclasses.replace(CONFIG, positions="alibi"),
     "t5": dataclasses.replace(CONFIG, positions="t5", layers=3, nope_layers=(1,)),
     "shaw": dataclasses.replace(CONFIG, positions="shaw"),
+    "experts": dataclasses.replace(
+        CONFIG,
+        layers=3,
+        experts=ExpertsConfig(experts=4, active=2, hidden=10, shared=1),
+        dense_layers=(0,),
+    ),
+    "parallel, one norm, a bias on the head": dataclasses.replace(
+        GPT, parallel="one norm", tied=False, head_bias=True
+    ),
+    "parallel, two norms, a norm on the embeddings": dataclasses.replace(
+        CONFIG, parallel="two norms", embed_norm=True
+    ),
+    "scaled": dataclasses.replace(CONFIG, embed_scale=4.0, attention_scale=0.3),
 }
 EACH = pytest.mark.parametrize("name", CONFIGS)
 
@@ -37,7 +52,7 @@ EACH = pytest.mark.parametrize("name", CONFIGS)
 def randomised(config: DecoderConfig) -> Decoder:
     model, generator = Decoder(config), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 1
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1
         parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     return model.eval().requires_grad_(False)
 
@@ -152,3 +167,61 @@ def test_bfloat16_follows_float32(name):
     logits = narrow(IDS)
     assert logits.dtype == torch.bfloat16
     assert (logits - MODELS[name](IDS)).abs().max() < 0.06 * MODELS[name](IDS).abs().max()
+
+
+def test_experts_stand_where_no_layer_is_dense():
+    parts = [block.feedforward.sublayer for block in MODELS["experts"].blocks]
+    assert [type(part) for part in parts] == [GatedFeedForward, MixtureOfExperts, MixtureOfExperts]
+    assert (parts[0].up.out_features, parts[1].experts.up.shape) == (24, (4, 10, 16))
+
+
+def test_scales_are_their_equations():
+    scaled, plain = MODELS["scaled"], randomised(dataclasses.replace(CONFIG, attention_scale=0.3))
+    plain.embed.weight.data *= 4  # the head reads the same table, so hidden vectors are compared
+    assert_close(scaled.hidden(IDS), plain.hidden(IDS), atol=1e-5, rtol=1e-5)
+    assert_close(scaled.unembed(scaled.hidden(IDS)), plain(IDS) / 4, atol=1e-5, rtol=1e-5)
+    standard = randomised(dataclasses.replace(CONFIG, attention_scale=16**-0.5 * 2))
+    assert_close(standard(IDS), MODELS["llama"](IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bias_of_the_head_is_added_to_the_logits():
+    model = MODELS["parallel, one norm, a bias on the head"]
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    assert_close(model.unembed(x), x @ model.head.weight.T + model.head.bias)
+
+
+def test_the_norm_of_the_embeddings_comes_first():
+    model = MODELS["parallel, two norms, a norm on the embeddings"]
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert_close(model.mix(x), model.mix(3 * x), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(MODELS["llama"].mix(x), MODELS["llama"].mix(3 * x), atol=1e-2)
+
+
+def test_layers_with_a_window_have_their_own_rotary_base():
+    config = dataclasses.replace(CONFIG, layers=3, window=4, full_layers=(1,), window_rope_base=50.0)
+    bases = [block.mixer.sublayer.positions.base for block in Decoder(config).blocks]
+    assert bases == [50.0, 10000.0, 50.0]
+    one = [block.mixer.sublayer.positions for block in Decoder(config).blocks]
+    assert one[0] is one[2]
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense_layers": (0,)}, r"dense_layers \(0,\) need experts: all layers are dense as it is"),
+        (
+            {"experts": ExpertsConfig(experts=2, active=1, hidden=3), "dense_layers": (2,)},
+            "dense layer 2 is not one of the 2 layers",
+        ),
+        ({"parallel": "yes"}, "parallel 'yes' is not one of one norm, two norms"),
+        ({"parallel": "one norm", "placement": "post"}, "a parallel block adds its branches in one sum: .*"),
+        ({"head_bias": True}, "head_bias needs a head of its own: .*"),
+        ({"window_rope_base": 10.0}, "window_rope_base 10.0 needs a window and rotary positions, .*"),
+        ({"attention_scale": 0.0}, "attention_scale 0.0 must be positive and finite"),
+        ({"embed_scale": float("inf")}, "embed_scale inf must be positive and finite"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(change, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        dataclasses.replace(CONFIG, **change)

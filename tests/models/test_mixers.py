@@ -14,6 +14,7 @@ from llm_atlas.nn.cache import LayerCache, RollingLayerCache
 from llm_atlas.nn.latent_attention import LatentAttention
 from llm_atlas.nn.linear_attention import LinearAttention
 from llm_atlas.nn.masks import left_pad
+from llm_atlas.nn.moe import ExpertsConfig
 from llm_atlas.recipes import initialize
 
 SHAPE = DecoderConfig(vocab=31, dim=32, layers=3, heads=4, hidden=48, context=64)
@@ -22,9 +23,15 @@ KINDS = {
     "window, grouped": {"window": 5, "kv_heads": 2, "qk_norm": True},
     "window, ALiBi": {"window": 5, "positions": "alibi"},
     "window and full": {"window": 5, "full_layers": (1,)},
+    "window and full, two rotary bases": {"window": 5, "full_layers": (1,), "window_rope_base": 50.0},
     "latent": {"latent": LatentConfig(kv_rank=6, rope_dim=4)},
     "latent, small queries": {"latent": LatentConfig(kv_rank=6, rope_dim=4, q_rank=5, value_dim=3)},
     "latent, no positions": {"latent": LatentConfig(kv_rank=6, rope_dim=4), "positions": "none"},
+    "latent, experts": {
+        "latent": LatentConfig(kv_rank=6, rope_dim=4),
+        "experts": ExpertsConfig(experts=4, active=2, hidden=10, shared=1, groups=2, active_groups=1),
+        "dense_layers": (0,),
+    },
     "linear": {"linear": LinearConfig()},
     "gated": {"linear": LinearConfig(kind="gated", conv=4)},
     "gated, a decay a head": {"linear": LinearConfig(kind="gated", decay="head"), "kv_heads": 2},

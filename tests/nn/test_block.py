@@ -376,3 +376,55 @@ def agree_and_need_every_tensor(ours, wanted, run, expected, *, unseen=frozenset
         assert (relative(run(), expected) < 1e-5) == (name in unseen), name
         parameter.copy_(kept)
     assert relative(run(), expected) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------- side by side
+
+
+@pytest.mark.parametrize("placement", ["pre", "sandwich"])
+@pytest.mark.parametrize("parallel", ["one norm", "two norms"])
+def test_a_parallel_block_is_its_equation(parallel, placement):
+    block = Block(MultiHeadAttention(8, 2), FeedForward(8), norm, placement=placement, parallel=parallel)
+    x, f, g = randn(2, 5, 8), block.mixer, block.feedforward
+    mixed, read = f.sublayer(f.norm(x)), f.norm(x) if parallel == "one norm" else g.norm(x)
+    fed = g.sublayer(read)
+    if placement == "sandwich":
+        mixed, fed = f.norm_after(mixed), g.norm_after(fed)
+    assert_close(block(x), x + mixed + fed)
+    norms = sum(isinstance(m, RMSNorm) for m in block.modules())
+    assert norms == (1 if parallel == "one norm" else 2) + (2 if placement == "sandwich" else 0)
+    assert (block(x) - Block.forward(_sequential(block), x)).abs().max() > 1e-3
+
+
+def _sequential(block: Block) -> Block:
+    twin = Block(block.mixer.sublayer, block.feedforward.sublayer, norm, placement=block.mixer.placement)
+    twin.mixer, twin.feedforward = block.mixer, block.feedforward
+    return twin
+
+
+def test_a_parallel_block_drops_what_it_adds():
+    parts = (MultiHeadAttention(8, 2), FeedForward(8), lambda: LayerNorm(8))
+    block = Block(*parts, dropout=0.5, parallel="two norms")
+    for part, seed in ((block.mixer, 0), (block.feedforward, 1)):
+        part.dropout.generator = generator(seed)
+    x = randn(2, 3, 8)
+    mixed, fed = (part.sublayer(part.norm(x)) for part in (block.mixer, block.feedforward))
+    drops = [dropout(b, 0.5, training=True, generator=generator(i)) for i, b in enumerate((mixed, fed))]
+    assert_close(block(x), x + drops[0] + drops[1])
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"parallel": "both"}, r"parallel 'both' is not one of one norm, two norms"),
+        ({"parallel": "one norm", "placement": "post"}, r".* one sum: placement 'post' has no place in it"),
+        (
+            {"parallel": "two norms", "cross": MultiHeadAttention(8, 2)},
+            r".* one sum: cross-attention has no place in it",
+        ),
+    ],
+)
+def test_parallel_blocks_that_make_no_sense(how, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Block(MultiHeadAttention(8, 2), FeedForward(8), norm, **how)

@@ -1,6 +1,7 @@
 """One Decoder: GPT-2, Llama, Qwen3 and the rest are configurations of it."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -11,13 +12,14 @@ from torch.nn import functional
 
 from llm_atlas.nn.activations import Activation
 from llm_atlas.nn.attention import MultiHeadAttention
-from llm_atlas.nn.block import Block, Placement
+from llm_atlas.nn.block import Block, Parallel, Placement
 from llm_atlas.nn.cache import KVCache, LayerCache, RollingLayerCache
 from llm_atlas.nn.dropout import Dropout
 from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
 from llm_atlas.nn.latent_attention import LatentAttention
 from llm_atlas.nn.linear_attention import Decay, Kind, LinearAttention, find_feature_map
 from llm_atlas.nn.masks import visible
+from llm_atlas.nn.moe import ExpertsConfig, MixtureOfExperts
 from llm_atlas.nn.norm import LayerNorm, RMSNorm
 from llm_atlas.nn.positions import (
     AlibiPositions,
@@ -86,8 +88,16 @@ class DecoderConfig:
 
     positions: "sinusoidal" and "learned" are added to the embeddings; "rotary", "alibi", "t5" and "shaw" act inside
     attention, one scheme for all layers but `nope_layers` (numbers of layers, from 0), which see no positions, as
-    in SmolLM3. Rotary alone: `rope_base`, `rotary_layout`, `rotary_dim` (the first features of a head that turn).
+    in SmolLM3. Rotary alone: `rope_base`, `rotary_layout`, `rotary_dim` (the first features of a head that turn),
+    `window_rope_base`, another base for the layers with a window (Gemma 3).
     T5 alone: `relative_buckets`. T5 and Shaw: `relative_distance`, beyond which distances are one (128 and 16).
+
+    `experts` puts a mixture of experts in the place of every feed-forward network but those of `dense_layers` (numbers
+    of layers, from 0; DeepSeek-V3 keeps its first three), which have `hidden` features and the options around it;
+    experts are gated, without biases, and `hidden` alone says nothing of them. `parallel`: attention and feed-forward
+    side by side (see `Block`). `attention_scale` multiplies the attention logits, `embed_scale` the token embeddings
+    (both as in Gemma), `embed_norm` is one more norm, on the embeddings (BLOOM); `head_bias` is one of the logits.
+
     `dropout` is the rate in training, on the embeddings and on what each sublayer adds to the stream (Vaswani et al.
     2017, section 5.4, arXiv 1706.03762). Attention weights are never dropped.
     """
@@ -104,6 +114,9 @@ class DecoderConfig:
     latent: LatentConfig | None = None
     linear: LinearConfig | None = None
     full_layers: tuple[int, ...] = ()
+    experts: ExpertsConfig | None = None
+    dense_layers: tuple[int, ...] = ()
+    parallel: Parallel | None = None
     activation: str | Activation = "silu"
     gated: bool = True
     norm: Norm = "rms"
@@ -111,6 +124,7 @@ class DecoderConfig:
     placement: Placement = "pre"
     positions: Positions = "rotary"
     rope_base: float = 10000.0
+    window_rope_base: float | None = None
     rotary_layout: RotaryLayout = "half"
     rotary_dim: int | None = None
     nope_layers: tuple[int, ...] = ()
@@ -120,15 +134,19 @@ class DecoderConfig:
     out_bias: bool = False
     feedforward_bias: bool = False
     qk_norm: bool = False
+    attention_scale: float | None = None
+    embed_scale: float = 1.0
+    embed_norm: bool = False
     tied: bool = True
+    head_bias: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("vocab", "dim", "layers", "heads", "hidden", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("norm_eps", "rope_base"):
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in ("norm_eps", "rope_base", "window_rope_base", "attention_scale", "embed_scale"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)} must be positive and finite")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be at least 0 and below 1")
@@ -137,12 +155,30 @@ class DecoderConfig:
         for name, kinds in (("norm", Norm), ("positions", Positions), ("placement", Placement)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(get_args(kinds))}")
+        if self.head_bias and self.tied:
+            raise ValueError("head_bias needs a head of its own: with tied embeddings there is none")
+        self._check_blocks()
         self._check_mixers()
         self._check_positions()
 
     def is_full(self, layer: int) -> bool:
         """Whether this layer looks at the whole past, each token of it."""
         return layer in self.full_layers or (self.window is None and self.linear is None)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer's feed-forward network is a mixture of experts."""
+        return self.experts is not None and layer not in self.dense_layers
+
+    def _check_blocks(self) -> None:
+        if self.parallel not in (None, *get_args(Parallel)):
+            raise ValueError(f"parallel {self.parallel!r} is not one of {', '.join(get_args(Parallel))}")
+        if self.parallel is not None and self.placement == "post":
+            raise ValueError(
+                "a parallel block adds its branches in one sum: placement 'post' has no place in it"
+            )
+        if self.dense_layers and self.experts is None:
+            raise ValueError(f"dense_layers {self.dense_layers} need experts: all layers are dense as it is")
+        self._check_layers("dense_layers")
 
     def _check_mixers(self) -> None:
         chosen = [name for name in ("window", "latent", "linear") if getattr(self, name) is not None]
@@ -191,6 +227,23 @@ class DecoderConfig:
                 f"nope_layers {self.nope_layers} need positions that act inside attention, not {self.positions!r}"
             )
         self._check_layers("nope_layers")
+        if self.window_rope_base is not None and (self.window is None or self.positions != "rotary"):
+            raise ValueError(
+                f"window_rope_base {self.window_rope_base} needs a window and rotary positions, not {self.positions!r}"
+            )
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """Rows of the table times `scale`; the table itself, which a tied head reads too, stays as it is."""
+
+    def __init__(self, vocab: int, dim: int, scale: float) -> None:
+        super().__init__(vocab, dim)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # Rounded as the table is: a model of bfloat16 was trained with a scale of bfloat16.
+        rows = super().forward(ids)
+        return rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
 
 
 class Decoder(nn.Module):
@@ -202,22 +255,41 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
+        plain = config.embed_scale == 1
+        embed = nn.Embedding if plain else partial(_ScaledEmbedding, scale=config.embed_scale)
+        self.embed = embed(config.vocab, config.dim)
         self.positions = embedded_positions(config)
         scheme = self.attention_positions = attention_positions(config)  # one table, shared by all layers
+        near = config.window_rope_base
+        self.window_positions = None if near is None else attention_positions(replace(config, rope_base=near))
         self.dropout = Dropout(config.dropout) if config.dropout else None
         norm = partial({"layer": LayerNorm, "rms": RMSNorm}[config.norm], config.dim, eps=config.norm_eps)
+        self.embed_norm = norm() if config.embed_norm else None
         self.blocks = nn.ModuleList(self._block(layer, norm, scheme) for layer in range(config.layers))
         # A post-norm stack already ends in a norm.
         self.norm = nn.Identity() if config.placement == "post" else norm()
-        self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=False)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab, bias=config.head_bias)
 
     def _block(self, layer: int, norm: partial, scheme: PositionScheme) -> Block:
         c = self.config
+        if self.window_positions is not None and not c.is_full(layer):
+            scheme = self.window_positions
         mixer = self._mixer(layer, PositionScheme() if layer in c.nope_layers else scheme)
+        return Block(
+            mixer,
+            self._feedforward(layer),
+            norm,
+            placement=c.placement,
+            dropout=c.dropout,
+            parallel=c.parallel,
+        )
+
+    def _feedforward(self, layer: int) -> nn.Module:
+        c = self.config
+        if c.has_experts(layer):
+            return MixtureOfExperts(c.dim, c.experts)
         make = GatedFeedForward if c.gated else FeedForward
-        feedforward = make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
-        return Block(mixer, feedforward, norm, placement=c.placement, dropout=c.dropout)
+        return make(c.dim, c.hidden, activation=c.activation, bias=c.feedforward_bias)
 
     def _mixer(self, layer: int, positions: PositionScheme) -> nn.Module:
         c = self.config
@@ -233,6 +305,7 @@ class Decoder(nn.Module):
                 norm_eps=c.norm_eps,
                 bias=c.attention_bias,
                 positions=positions,
+                scale=c.attention_scale,
             )
         if c.linear is not None and layer not in c.full_layers:
             return LinearAttention(
@@ -258,6 +331,7 @@ class Decoder(nn.Module):
             qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
             positions=positions,
+            scale=c.attention_scale,
         )
 
     def hidden(
@@ -304,9 +378,15 @@ class Decoder(nn.Module):
         if mask is None and not plain:
             mask = visible(positions, positions if cache is None else cache.positions)
         x = self.positions.embed(x, positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         if self.dropout is not None:
             x = self.dropout(x)
-        with self.attention_positions.reused(positions, x.dtype):
+        schemes = [self.attention_positions, self.window_positions]
+        with ExitStack() as stack:
+            for scheme in schemes:
+                if scheme is not None:
+                    stack.enter_context(scheme.reused(positions, x.dtype))
             for index, block in enumerate(self.blocks):
                 # A window and a state go by the positions themselves: they know padding, and what is too far back.
                 seen = mask if self.config.is_full(index) else given

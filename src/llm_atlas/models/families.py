@@ -141,12 +141,6 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
     kind = config.get("model_type")
     if kind not in ("llama", "mistral", "qwen3", "smollm3"):
         raise ValueError(f"model_type {kind!r} is not one of llama, mistral, qwen3, smollm3")
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 2000000.0 if kind == "smollm3" else 10000.0),
-        "rope_type": "default",
-    }
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported yet")
     if config.get("use_sliding_window"):
         raise ValueError("use_sliding_window is not supported yet")
     return DecoderConfig(
@@ -154,21 +148,34 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
         dim=config["hidden_size"],
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
+        kv_heads=config.get("num_key_value_heads"),
         head_dim=config.get("head_dim"),
         window=config.get("sliding_window") if kind == "mistral" else None,
         hidden=config["intermediate_size"],
         context=config["max_position_embeddings"],
         activation=config["hidden_act"],
         norm_eps=config["rms_norm_eps"],
-        rope_base=rope["rope_theta"],
+        rope_base=rope_base(config, default=2000000.0 if kind == "smollm3" else 10000.0),
         nope_layers=_nope_layers(config) if kind == "smollm3" else (),
         attention_bias=config.get("attention_bias", False),
         out_bias=config.get("attention_bias", False),
         feedforward_bias=config.get("mlp_bias", False),
         qk_norm=kind == "qwen3",
-        tied=config["tie_word_embeddings"],
+        tied=config.get("tie_word_embeddings", kind == "smollm3"),
     )
+
+
+def rope_base(config: Mapping[str, Any], *, name: str = "rope_theta", default: float = 10000.0) -> float:
+    """The rotary base of a transformers configuration, from `rope_parameters` or, in older files, under `name`.
+
+    Raises ValueError for positions that are scaled in any way (`rope_scaling` in older files).
+    """
+    rope = config.get("rope_parameters") or {}
+    for how in (rope, config.get("rope_scaling") or {}):
+        kind = how.get("rope_type", how.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_type {kind!r} is not supported yet")
+    return float(rope.get("rope_theta", config.get(name, default)))
 
 
 def _nope_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -179,6 +186,19 @@ def _nope_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     if len(rotary) < layers:
         raise ValueError(f"no_rope_layers has {len(rotary)} entries for {layers} layers")
     return tuple(layer for layer in range(layers) if not rotary[layer])
+
+
+def llama_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """All tensors of a checkpoint of the families of `from_llama_config` under our names.
+
+    Left out are the rotary constants of old files and the head's copy of tied embeddings.
+    """
+    read = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not name.endswith(".rotary_emb.inv_freq") and not (config.tied and name == "lm_head.weight")
+    }
+    return rename(read, QWEN3, config.layers)
 
 
 def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
