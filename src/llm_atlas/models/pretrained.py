@@ -1,15 +1,161 @@
 """Real models, loaded into our own."""
 
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from llm_atlas.core.assets import fetch
 from llm_atlas.core.device import default_dtype, pick_device
-from llm_atlas.core.weights import load_gguf
-from llm_atlas.models.decoder import Decoder
-from llm_atlas.models.families import build, from_gguf_metadata, gguf_weights
+from llm_atlas.core.weights import load_gguf, load_safetensors
+from llm_atlas.models import families_decoders as more
+from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.models.families import (
+    build,
+    from_gguf_metadata,
+    from_gpt2_config,
+    from_llama_config,
+    gguf_weights,
+    gpt2_weights,
+    llama_weights,
+)
 from llm_atlas.text.byte_bpe import ByteBPE
 
 SMOLLM2 = "smollm2-135m-instruct"
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of decoders is read: its config.json into ours, its weights (given ours) under our names."""
+
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    read_weights: Callable[[Mapping[str, Tensor], DecoderConfig], dict[str, Tensor]]
+
+
+_LLAMA, _GPT2 = Family(from_llama_config, llama_weights), Family(from_gpt2_config, gpt2_weights)
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "mixtral": Family(more.from_mixtral_config, more.mixtral_weights),
+    "qwen3_moe": Family(more.from_qwen3_moe_config, more.qwen3_moe_weights),
+    "deepseek_v3": Family(more.from_deepseek_config, more.deepseek_weights),
+    "gptj": Family(more.from_gptj_config, more.gptj_weights),
+    "gpt_neox": Family(more.from_gpt_neox_config, more.gpt_neox_weights),
+    "falcon": Family(more.from_falcon_config, more.falcon_weights),
+    "gemma3_text": Family(more.from_gemma3_config, more.gemma3_weights),
+    "bloom": Family(more.from_bloom_config, more.bloom_weights),
+}
+"""`model_type` of a config.json to how it is read."""
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Decoder:
+    """A checkpoint of one of `FAMILIES` in our Decoder, ready to be run (not training).
+
+    `source` is a folder with a config.json and a model.safetensors, or the files that a model.safetensors.index.json
+    lists. What is no folder is taken for a name on the Hugging Face Hub ("EleutherAI/pythia-70m"): huggingface_hub,
+    which has to be installed, fetches its json and safetensors files into its own cache, and nothing else. Pickles are
+    never opened. `device` and `dtype` are chosen unless given. Memory: the weights once, and what is cut or stacked on
+    the way (fused matrices, experts) twice.
+
+    Errors, each with the file: FileNotFoundError for a folder without these files and for a name that is neither a
+    folder nor on the Hub; ValueError for damaged files, an unknown `model_type` or an option we do not have, a missing,
+    misshapen or left-over weight; ImportError for a name without huggingface_hub.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _fetched(os.fspath(source))
+    config = _read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not one of {known}")
+    if config.get("quantization_config"):
+        raise ValueError(f"{folder / 'config.json'}: quantization_config is not supported yet")
+    try:
+        ours = FAMILIES[kind].read_config(config)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    device = pick_device(device)
+    weights, file = _read_weights(folder, device, dtype or default_dtype(device))
+    try:
+        model = build(ours, FAMILIES[kind].read_weights(weights, ours), Decoder)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return model.eval()
+
+
+def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a checkpoint under its own names, and the file that says which there are."""
+    if (folder / _ONE_FILE).is_file():
+        return load_safetensors(folder / _ONE_FILE, dtype=dtype, device=device), folder / _ONE_FILE
+    index = folder / _INDEX
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: there is no {_ONE_FILE} and no {_INDEX}; pickles are not read")
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: 'weight_map' is missing")
+    weights: dict[str, Tensor] = {}
+    for name in where.values():
+        # The names come from a file: they must not lead out of the folder.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file beside it")
+    for name in sorted(set(where.values())):
+        shard = load_safetensors(folder / name, dtype=dtype, device=device)
+        for weight in shard:
+            if where.get(weight) != name:
+                raise ValueError(f"{folder / name}: weight {weight!r} is not listed for it in {_INDEX}")
+        weights |= shard
+    lost = sorted(set(where) - set(weights))
+    if lost:
+        raise ValueError(f"{folder / where[lost[0]]}: weight {lost[0]!r} is missing, which {_INDEX} lists")
+    return weights, index
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a json file ({error})") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: a json object is needed, not {type(read).__name__}")
+    return read
+
+
+def _fetched(name: str) -> Path:
+    """The folder into which huggingface_hub has put a repository of the Hub."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"{name!r} is no folder; to fetch it from the Hugging Face Hub: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(
+            f"{name!r} is no folder, and the Hugging Face Hub does not give it ({why[:200]}): check the name and the"
+            " connection, or fetch it elsewhere and pass its folder"
+        ) from None
 
 
 def load_smollm2(
