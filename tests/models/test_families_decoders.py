@@ -222,7 +222,7 @@ def test_every_tensor_is_needed(family):
             model(IDS)
         for router, routing in routings.items():
             chosen[router.removesuffix(".router")] = routing.chosen.unique().tolist()
-        assert all(len(some) > 0.7 * config.experts.experts for some in chosen.values())
+        assert all(len(some) >= config.experts.experts / 2 for some in chosen.values())
     for name, tensor in weights.items():
         slices = chosen[name.partition(".experts.")[0]] if ".experts." in name else [slice(None)]
         for index in slices:

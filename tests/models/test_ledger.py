@@ -4,10 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm_atlas.models.decoder import Decoder, DecoderConfig, LatentConfig, LinearConfig
-from llm_atlas.models.ledger import cached_bytes, cached_numbers
+from llm_atlas.models.inspect import parameter_ledger
+from llm_atlas.models.ledger import cached_bytes, cached_numbers, flops_per_token, parameters
 from llm_atlas.models.shapes import SHAPES
+from llm_atlas.nn.attention import Attend, scaled_dot_product_attention
+from llm_atlas.nn.moe import Experts, ExpertsConfig
 
 SHAPE = DecoderConfig(vocab=31, dim=32, layers=3, heads=4, hidden=48, context=64)
 KINDS = {
@@ -78,13 +82,129 @@ def test_mistral_stops_at_its_window():
         ("Qwen3 8B", 8.191),
         ("Qwen3 32B", 32.762),
         ("DeepSeek 67B", 67.425),
+        ("GPT-2 small", 0.124),
+        ("Mixtral 8x7B", 46.703),
+        ("Qwen3-235B-A22B", 235.094),
+        ("DeepSeek-V3", 671.026),
     ],
 )
 def test_published_shapes_have_the_published_number_of_parameters(name, billions):
     """The counts on the models' own cards: a wrong size anywhere in a shape shows."""
     with torch.device("meta"):
-        model = Decoder(dataclasses.replace(SHAPES[name], context=8))
+        model = Decoder(SHAPES[name])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------- parameters, FLOPs
+
+BIASES = {"attention_bias": True, "out_bias": True, "feedforward_bias": True}
+EXPERTS = ExpertsConfig(experts=6, active=2, hidden=10, shared=2)
+MODELS = KINDS | {
+    "gpt": BIASES | {"norm": "layer", "gated": False, "positions": "learned"},
+    "post": {"placement": "post", "positions": "sinusoidal", "out_bias": True},
+    "sandwich": {"placement": "sandwich", "qk_norm": True, "embed_norm": True, "tied": False},
+    "gptj": BIASES | {"norm": "layer", "parallel": "one norm", "tied": False, "head_bias": True},
+    "neox": {"norm": "layer", "parallel": "two norms", "rotary_dim": 4, "gated": False},
+    "sandwich, parallel": {"placement": "sandwich", "parallel": "one norm"},
+    "t5": {"positions": "t5", "relative_buckets": 10},
+    "shaw": {"positions": "shaw", "relative_distance": 7, "nope_layers": (1,)},
+    "experts": {"experts": EXPERTS},
+    "experts, a bias, some dense": {
+        "experts": dataclasses.replace(EXPERTS, shared=0, selection_bias=True),
+        "dense_layers": (0, 2),
+        **BIASES,
+    },
+    "deepseek": {
+        "latent": LatentConfig(kv_rank=30, rope_dim=4, q_rank=5, value_dim=3),
+        "experts": EXPERTS,
+        "dense_layers": (0,),
+        "attention_bias": True,
+    },
+}
+
+
+def agree(config: DecoderConfig) -> None:
+    with torch.device("meta"):
+        model = Decoder(config)
+    ledger, parts = parameters(config), parameter_ledger(model)
+    assert ledger.total == sum(p.numel() for p in model.parameters())
+    assert ledger.feedforward + ledger.experts == parts.pop("feed-forward")
+    assert {name: getattr(ledger, name) for name in parts} == parts
+    sleeping = 0
+    for part in model.modules():
+        if isinstance(part, Experts):
+            each = sum(p.numel() for p in part.parameters()) // config.experts.experts
+            sleeping += each * (config.experts.experts - config.experts.active)
+    assert ledger.active == ledger.total - sleeping
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_ledger_is_the_models_own(kind):
+    agree(dataclasses.replace(SHAPE, **MODELS[kind]))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_ledger_of_every_published_shape_is_the_models_own(name):
+    agree(SHAPES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [  # billions, as the models' reports and cards give them
+        ("GPT-3 175B", 175, 175),
+        ("Mixtral 8x7B", 47, 13),
+        ("Qwen3-235B-A22B", 235, 22),
+        ("DeepSeek-V2", 236, 21),
+        ("DeepSeek-V3", 671, 37),
+    ],
+)
+def test_published_models_have_what_their_reports_say(name, total, active):
+    ledger = parameters(SHAPES[name])
+    assert ledger.total / 1e9 == pytest.approx(total, abs=0.6)
+    assert ledger.active / 1e9 == pytest.approx(active, abs=0.6)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in MODELS if "window" not in kind and "linear" not in MODELS[kind]]
+)
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_flops_are_those_that_torch_counts(kind, tokens):
+    config = dataclasses.replace(SHAPE, **MODELS[kind])
+    model = Decoder(config).eval()
+    for part in model.modules():
+        if isinstance(part, Attend):
+            part.function = scaled_dot_product_attention  # plain products, which every counter knows
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randint(31, (1, tokens), generator=torch.Generator().manual_seed(0)))
+    assert flops_per_token(config, tokens) * tokens == counter.get_total_flops()
+
+
+def test_flops_of_a_window_stop_and_those_of_a_state_do_not_grow():
+    full, window = SHAPE, dataclasses.replace(SHAPE, window=5)
+    for tokens in (1, 4, 5):
+        assert flops_per_token(window, tokens) == flops_per_token(full, tokens)
+    assert flops_per_token(window, 6) == flops_per_token(window, 10**6) == flops_per_token(full, 5)
+    mixed = dataclasses.replace(window, full_layers=(1,))
+    assert flops_per_token(mixed, 9) - flops_per_token(window, 9) == 4 * 32 * (9 - 5)
+    for kind, products in (("linear", 2), ("gated", 2), ("delta", 3), ("gated-delta", 3)):
+        linear = dataclasses.replace(SHAPE, linear=LinearConfig(kind=kind))
+        assert flops_per_token(linear, 1) == flops_per_token(linear, 10**6)
+        gates = {"linear": 0, "gated": 32 * 32, "delta": 32 * 4, "gated-delta": 2 * 32 * 4}[kind]
+        state = 4 * 8 * (9 if kind == "linear" else 8)
+        outside = flops_per_token(full, 1) - 3 * 4 * 32
+        assert flops_per_token(linear, 9) == outside + 3 * 2 * (gates + products * state)
+
+
+def test_a_forward_pass_is_twice_the_active_weights():
+    """The rule of thumb, where the text is short beside the width of the model."""
+    for name in ("Llama 3 70B", "DeepSeek-V3", "Mixtral 8x7B"):
+        config, ledger = SHAPES[name], parameters(SHAPES[name])
+        assert flops_per_token(config, 1) / 2 == pytest.approx(ledger.active - ledger.embedding, rel=1e-3)
+
+
+def test_no_flops_without_a_token():
+    with pytest.raises(ValueError, match=r"^context 0 must be at least 1$"):
+        flops_per_token(SHAPE, 0)
 
 
 def test_bad_counts():
