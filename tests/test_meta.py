@@ -18,7 +18,18 @@ import llm_atlas.infer
 import llm_atlas.models
 import llm_atlas.nn
 from llm_atlas.infer import generate, sampling
-from llm_atlas.models import decoder, families, grouping
+from llm_atlas.models import (
+    decoder,
+    encoder,
+    encoder_decoder,
+    families,
+    families_encoders,
+    families_vision,
+    grouping,
+    minilm,
+    vision,
+    vision_language,
+)
 from llm_atlas.models import inspect as look
 from llm_atlas.nn import (
     activations,
@@ -32,9 +43,11 @@ from llm_atlas.nn import (
     linear_attention,
     local_attention,
     masks,
+    moe,
     norm,
     positions,
 )
+from llm_atlas.text.wordpiece import WordPiece
 
 
 class OnlyMeta(TorchDispatchMode):
@@ -93,6 +106,40 @@ MIXED = [
         {"linear": decoder.LinearConfig(kind="gated-delta", conv=2), "full_layers": (0,)},
     )
 ]
+
+TINY = {"dim": 8, "layers": 2, "heads": 2, "hidden": 12, "context": 16}
+BERT = encoder.EncoderConfig(vocab=11, **TINY, token_types=2, pooler=True, masked_lm=True)
+ENCODERS = [
+    BERT,
+    encoder.EncoderConfig(vocab=11, **TINY, positions="sinusoidal", placement="sandwich", dropout=0.5),
+    encoder.EncoderConfig(
+        vocab=11, **TINY, positions="t5", placement="pre", norm="rms", gated=True, bias=False
+    ),
+    encoder.EncoderConfig(vocab=11, **TINY, positions="none", embed_norm=False),
+]
+T5 = encoder_decoder.EncoderDecoderConfig(vocab=11, **TINY, gated=True, scale_logits=True)
+BART = encoder_decoder.EncoderDecoderConfig(
+    vocab=11, **TINY, norm="layer", placement="post", positions="learned", bias=True, embed_norm=True,
+    logits_bias=True,
+)  # fmt: skip
+ENCODER_DECODERS = [
+    T5,
+    BART,
+    encoder_decoder.EncoderDecoderConfig(
+        vocab=11, **TINY, decoder_layers=1, positions="sinusoidal", tied=False, dropout=0.5
+    ),
+]
+EXPERTS = [
+    moe.ExpertsConfig(
+        experts=4, active=2, hidden=6, shared=1, score="sigmoid", selection_bias=True, groups=2, active_groups=1,
+        capacity_factor=1.0, priority=priority,
+    )
+    for priority in ("order", "score")
+]  # fmt: skip
+VISION = vision.VisionConfig(
+    image=6, patch=3, dim=8, layers=2, heads=2, hidden=12, patch_bias=False, norm_before=True,
+    activation=vision.quick_gelu,
+)  # fmt: skip
 
 
 def model(config: decoder.DecoderConfig = CONFIG) -> decoder.Decoder:
@@ -293,6 +340,130 @@ def schemes() -> None:
         scheme.rebuild("meta")
 
 
+def encoders() -> None:
+    for config in ENCODERS:
+        made, keep = on_meta(lambda config=config: encoder.Encoder(config)), at(2, 5) >= 0
+        encoder.mean_pool(made.hidden(at(2, 5)), keep).sum().backward()
+        x5 = made.mix(x(2, 5, 8), positions=at(2, 5))
+        made.hidden(at(2, 5), mask=torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta"))
+        for pool in (encoder.mean_pool, encoder.cls_pool):
+            encoder.unit_length(pool(x5)), pool(x5, keep)
+        if config.masked_lm:
+            made(at(2, 5), token_types=at(2, 5), positions=at(2, 5)).sum().backward()
+            made.pool(x5, keep)
+
+
+def encoder_decoders() -> None:
+    for config in ENCODER_DECODERS:
+        made = on_meta(lambda config=config: encoder_decoder.EncoderDecoder(config))
+        made(at(2, 6), at(2, 5)).sum().backward()
+        made(at(2, 6), at(2, 5), source_positions=at(2, 6), positions=at(2, 5)).sum().backward()
+        for plain in (True, False):
+            reading = made.read(at(2, 6), positions=None if plain else at(2, 6))
+            kept = reading.make_cache()
+            reading(at(2, 5), cache=kept, positions=None if plain else at(2, 5))
+            for new in (1, 3):
+                reading(at(2, new), cache=kept)
+            kept.select(at(3))
+            reading.select(at(3))(at(3, 1), cache=kept)
+
+
+def experts() -> None:
+    for config in EXPERTS:
+        layer = on_meta(lambda config=config: moe.MixtureOfExperts(8, config, compute=moe.dense_experts))
+        with moe.recorded_routing(layer) as routings:
+            out = layer(x(2, 5, 8))
+        (routing,) = routings.values()
+        mask = at(2, 5) > 0
+        losses = moe.balancing_loss(routing) + moe.balancing_loss(routing, mask=mask)
+        losses = losses + moe.z_loss(routing, mask=mask) + moe.sequence_balancing_loss(routing)
+        (out.sum() + losses).backward()
+        moe.routing_statistics(routing)
+        moe.routing_statistics(routing, mask=mask)
+        layer.router.rebalance(moe.expert_load(routing))
+        layer.router.reset_parameters()
+        layer.experts.reset_parameters()
+        moe.keep_top_k(routing.logits, 2)
+
+
+def images() -> None:
+    vision.patchify(x(2, 3, 6, 6), 3)
+    on_meta(lambda: vision.ImageClassifier(VISION, 5))(x(2, 3, 6, 6)).sum().backward()
+    for end in (None, 4):
+        config = vision_language.CLIPConfig(vision=VISION, text=CONFIGS[1], features=4, end_id=end)
+        on_meta(lambda config=config: vision_language.CLIP(config))(x(2, 3, 6, 6), at(3, 5)).sum().backward()
+    rows = [x(2, 3, 6, 6), x(1, 3, 6, 6)]
+    for both in (False, True):
+        config = vision_language.VisionLanguageConfig(
+            vision=VISION, text=CONFIG, image_id=12, class_token=both
+        )
+        made = on_meta(lambda config=config: vision_language.VisionLanguage(config))
+        made(at(2, 9), images=rows).sum().backward()
+        kept = made.make_cache()
+        made(at(2, 9), images=x(2, 1, 3, 6, 6), positions=at(2, 9), cache=kept)
+        made(at(2, 1), cache=kept)
+    for every in (1, 2):
+        config = vision_language.CrossVisionLanguageConfig(
+            vision=VISION, text=CONFIG, image_id=9, every=every
+        )
+        made = on_meta(lambda config=config: vision_language.CrossVisionLanguage(config))
+        made(at(2, 5), images=rows).sum().backward()
+        kept = made.make_cache()
+        made(at(2, 5), images=rows, positions=at(2, 5), cache=kept)
+        made(at(2, 1), cache=kept)
+        kept.truncate(4)
+        kept.select(at(3))
+        made(at(3, 1), cache=kept.fork())
+
+
+def under_their_names(
+    made: torch.nn.Module, names: families.Names, layers: int = 2
+) -> dict[str, torch.Tensor]:
+    """A state dict as the other family has it. One of two of their names for the same weight."""
+    theirs = {
+        ours.format(layer): their.format(layer) for their, ours in names.items() for layer in range(layers)
+    }
+    return {theirs[name]: weight.detach() for name, weight in made.named_parameters()}
+
+
+def read_families() -> None:
+    fe, fv = families_encoders, families_vision
+    for config, kind, read, names in (
+        (BERT, encoder.Encoder, fe.bert_weights, fe.BERT),
+        (BERT, encoder.Encoder, fe.roberta_weights, fe.ROBERTA),
+        (T5, encoder_decoder.EncoderDecoder, fe.t5_weights, fe.T5),
+        (BART, encoder_decoder.EncoderDecoder, fe.bart_weights, fe.BART),
+    ):
+        made = on_meta(lambda config=config, kind=kind: kind(config))
+        families.build(config, read(under_their_names(made, names), config), kind)
+
+    sizes = {
+        "image_size": 6, "patch_size": 3, "num_channels": 3, "hidden_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 12, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+    }  # fmt: skip
+    words = {
+        "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 12, "max_position_embeddings": 16,
+    }  # fmt: skip
+    vit = {"model_type": "vit", **sizes}
+    tower = {"model_type": "clip_vision_model", **sizes}
+    clip = {
+        "model_type": "clip", "vision_config": tower, "projection_dim": 4,
+        "text_config": {**words, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 2},
+    }  # fmt: skip
+    llava = {
+        "model_type": "llava", "vision_config": tower, "image_token_id": 12,
+        "text_config": {"model_type": "llama", **words, "hidden_act": "silu", "rms_norm_eps": 1e-5},
+    }  # fmt: skip
+    for config, make, load, names in (
+        (vit, lambda: vision.VisionTransformer(fv.from_vit_config(vit)), fv.load_vit, fv.VIT),
+        (vit, lambda: vision.ImageClassifier(fv.from_vit_config(vit), 5), fv.load_vit, fv.VIT_CLASSIFIER),
+        (clip, lambda: vision_language.CLIP(fv.from_clip_config(clip)), fv.load_clip, fv.CLIP_BOTH),
+        (llava, lambda: vision_language.VisionLanguage(fv.from_llava_config(llava)), fv.load_llava, fv.LLAVA),
+    ):
+        load(config, under_their_names(on_meta(make), names))
+
+
 def loaded() -> None:
     weights = {name: torch.empty_like(p) for name, p in model().named_parameters()}
     made = families.build(CONFIG, weights, decoder.Decoder)
@@ -360,6 +531,73 @@ RUNS: dict[object, Callable[[], object]] = {
             "unit_length",
         )
     },
+    **{
+        getattr(encoder, name): encoders
+        for name in (
+            "Encoder",
+            "MaskedLMHead",
+            "attention_positions",
+            "check_ids",
+            "check_keep",
+            "check_positions",
+            "cls_pool",
+            "embedded_positions",
+            "make_block",
+            "mean_pool",
+            "norm_maker",
+            "unit_length",
+        )
+    },
+    encoder_decoder.CrossDecoder: encoder_decoders,
+    encoder_decoder.EncoderDecoder: encoder_decoders,
+    encoder_decoder.Reading: encoder_decoders,
+    **{
+        getattr(moe, name): experts
+        for name in (
+            "Experts",
+            "MixtureOfExperts",
+            "Router",
+            "Routing",
+            "RoutingStatistics",
+            "balanced_bias",
+            "balancing_loss",
+            "choose_experts",
+            "dense_experts",
+            "expert_load",
+            "keep_top_k",
+            "mixing_weights",
+            "recorded_routing",
+            "router_scores",
+            "routing_statistics",
+            "sequence_balancing_loss",
+            "within_capacity",
+            "z_loss",
+        )
+    },
+    vision.ImageClassifier: images,
+    vision.VisionTransformer: images,
+    vision.patchify: images,
+    vision.quick_gelu: images,
+    **{
+        getattr(vision_language, name): images
+        for name in (
+            "CLIP",
+            "CrossVisionLanguage",
+            "GatedCrossAttention",
+            "ImageCache",
+            "Projector",
+            "VisionLanguage",
+            "splice",
+        )
+    },
+    families_encoders.bart_weights: read_families,
+    families_encoders.bert_weights: read_families,
+    families_encoders.roberta_weights: read_families,
+    families_encoders.t5_weights: read_families,
+    families_vision.load_clip: read_families,
+    families_vision.load_llava: read_families,
+    families_vision.load_vit: read_families,
+    families_vision.vision_weights: read_families,
     families.rename: loaded,
     families.load_weights: loaded,
     dropout.dropout: dropping,
@@ -437,6 +675,14 @@ NO_TENSORS = {
     "linear_attention.linear_state_size", "linear_attention.linear_attention_flops",
     "linear_attention.delta_rule_flops", "local_attention.WindowCost", "local_attention.local_attention_cost",
     "masks.check_rising", "masks.check_window", "kernels.flash.tilings",
+    "encoder.EncoderConfig", "encoder.check_sizes", "encoder_decoder.EncoderDecoderConfig",
+    "families_encoders.from_bart_config", "families_encoders.from_bert_config", "families_encoders.from_t5_config",
+    "families_vision.from_clip_config", "families_vision.from_clip_vision_config",
+    "families_vision.from_llava_config", "families_vision.from_vit_config",
+    "moe.ExpertParameters", "moe.ExpertsConfig", "moe.ExpertsFunction", "moe.expert_capacity", "moe.expert_flops",
+    "moe.expert_parameters", "vision.VisionConfig", "vision_language.CLIPConfig",
+    "vision_language.CrossVisionLanguageConfig", "vision_language.VisionLanguageConfig",
+    "vision_language.spread_images",
     *(
         f"roofline.{name}"
         for name in (
@@ -451,6 +697,9 @@ READS_NUMBERS = {
     "inspect.attention_maps": "its maps are collected on the CPU, as its docstring says; see the test below",
     "masks.left_pad": "its numbers come as lists, and torch.tensor reads a list on the CPU; see the test below",
     "inspect.position_probe": "what it measures is a number; see the test below",
+    "moe.grouped_experts": "the lengths of segments are read as numbers; see the test below",
+    "minilm.embed_sentences": "its ids are made of strings, on the CPU; see the test below",
+    "minilm.load_minilm": "reads a file",
     "pretrained.load_smollm2": "reads a file",
     "kernels.rms_norm.rms_norm": "a Triton kernel reads memory",
     "kernels.flash.flash_attention": "a Triton kernel reads memory",
@@ -510,6 +759,19 @@ def test_attention_maps_run_there_up_to_the_copy_to_the_cpu():
 def test_the_position_probe_runs_there_up_to_its_numbers():
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta tensor|Meta"), OnlyMeta():
         look.position_probe(x(8, 5, 3), at(5))
+
+
+def test_grouped_experts_run_there_up_to_the_lengths_of_their_segments():
+    layer = on_meta(lambda: moe.MixtureOfExperts(8, EXPERTS[0]))
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta tensor|Meta"), OnlyMeta():
+        layer(x(2, 5, 8))
+
+
+def test_embed_sentences_puts_its_vectors_where_the_model_is():
+    tokenizer = WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"])
+    vectors = minilm.embed_sentences(on_meta(lambda: encoder.Encoder(BERT)), tokenizer, ["a", "a b"], limit=8)
+    assert vectors.device.type == "meta"
+    assert vectors.shape == (2, 8)
 
 
 # -------------------------------------------------------------------------- faults that must be caught
