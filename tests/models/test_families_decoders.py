@@ -99,6 +99,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         | {
             "q_lora_rank": None,
             "first_k_dense_replace": 0,
+            "n_group": 1,
+            "topk_group": 1,
             "tie_word_embeddings": True,
             "norm_topk_prob": False,
             "attention_bias": True,
@@ -176,8 +178,8 @@ def theirs(family: str):
     for name, tensor in drawn.items():
         if kind == "Gemma3" and "norm" in name:
             tensor.data *= 0.5  # 1 is added to it
-        if name.endswith("e_score_correction_bias"):
-            tensor.data *= 0.2  # else few experts would ever be chosen
+        if kind == "DeepseekV3" and name.endswith("bias"):
+            tensor.data *= 0.1  # else all tokens are alike, and few experts ever chosen
     logits = model(IDS).logits
     assert 0.1 < logits.std() < 10
     return model, config, logits, sum(tensor.numel() for tensor in drawn.values())
@@ -222,7 +224,7 @@ def test_every_tensor_is_needed(family):
             model(IDS)
         for router, routing in routings.items():
             chosen[router.removesuffix(".router")] = routing.chosen.unique().tolist()
-        assert all(len(some) >= config.experts.experts / 2 for some in chosen.values())
+        assert all(len(some) >= config.experts.experts / 2 for some in chosen.values()), chosen
     for name, tensor in weights.items():
         slices = chosen[name.partition(".experts.")[0]] if ".experts." in name else [slice(None)]
         for index in slices:

@@ -221,6 +221,7 @@ def deepseek_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
     last are the modules that predict further tokens, and are left out.
     """
     latent, read = config.latent, {}
+    head_dim = config.head_dim or config.dim // config.heads
     for name, tensor in _stack_experts(_bare(weights, config)).items():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= config.layers:
@@ -234,8 +235,8 @@ def deepseek_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
                 for which, piece in zip(("latent", "rotary"), pieces, strict=True)
             }
         elif module.endswith("kv_b_proj"):
-            value_dim = latent.value_dim or config.head_dim
-            pieces = _cut_by_head(name, tensor, config.heads, [config.head_dim, value_dim])
+            sizes = [head_dim, latent.value_dim or head_dim]
+            pieces = _cut_by_head(name, tensor, config.heads, sizes)
             read |= {f"{module}.{which}.{part}": piece for which, piece in zip("kv", pieces, strict=True)}
         else:
             read[name] = tensor
