@@ -195,8 +195,8 @@ def grade_sinusoidal(trial: Trial) -> None:
         (0, 2),
         (2, 2),
         (1, 4),
-        (trial.integer(2, 9), 4),
-        (-trial.integer(1, 9), 6),
+        (trial.integer(2, 60), 4),
+        (-trial.integer(1, 60), 6),
         (30, 8),
     ]:
         inputs = {"n": n, "dim": dim}
