@@ -1,4 +1,4 @@
-"""The benchmark of the norms: what it times, what a row says, and the rows that are committed."""
+"""The benchmarks of norms and attention: what they time, what a row says, and the rows that are committed."""
 
 import importlib
 import time
@@ -12,6 +12,7 @@ from torch.nn import functional
 from llm_atlas.core.seeds import generator
 from llm_atlas.models.decoder import Decoder, DecoderConfig
 from llm_atlas.nn.norm import LayerNorm, RMSNorm
+from llm_atlas.nn.roofline import attainable, attention_flops, minimal_bytes
 from llm_atlas.recipes import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,3 +124,117 @@ def test_the_committed_rows():
             assert min(row["layer kernels"], row["rms kernels"]) >= 1
             if row["form"] == "readable":  # LayerNorm does all that RMSNorm does, and centres
                 assert row["layer kernels"] > row["rms kernels"] > 1
+
+
+@pytest.fixture
+def attention_roofline(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("attention_roofline")
+
+
+def test_all_forms_of_attention_on_the_roofline_compute_the_same(attention_roofline):
+    q, k, v = (torch.randn(1, 2, 150, 8, generator=generator(i)) for i in range(3))
+    outs = [function(q, k, v) for function, _ in attention_roofline.METHODS.values()]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
+
+
+def test_a_row_of_the_roofline(attention_roofline, monkeypatch):
+    """A method that sleeps: its speed is what was counted over what it slept, and the fused one is faster."""
+
+    def slow(q, k, v):
+        time.sleep(5e-3)
+        return v
+
+    known = attention_roofline.METHODS["torch, fused"]
+    monkeypatch.setattr(attention_roofline, "METHODS", {"slow": (slow, minimal_bytes), "torch, fused": known})
+    slow_row, fast_row = attention_roofline.measure(16, 2, 8, CPU, rounds=3, peak=1e12, bandwidth=1e9)
+    flops = attention_flops(16, 16, 8, heads=2)
+    assert flops / 0.1 < slow_row["FLOP/s"] <= flops / 5e-3
+    assert slow_row["ms"] >= 5
+    assert fast_row["FLOP/s"] > slow_row["FLOP/s"]
+    assert slow_row["intensity"] == slow_row["own intensity"] == 16 / 2 / 4 * 2 * 2 / 2
+    assert fast_row["own intensity"] is None
+    limit = attainable(slow_row["intensity"], 1e12, 1e9)
+    assert slow_row["of limit"] == pytest.approx(slow_row["FLOP/s"] / limit)
+
+
+def test_the_machine_is_measured_in_units_of_its_work(attention_roofline, monkeypatch):
+    monkeypatch.setattr(attention_roofline, "seconds", lambda run, device: run() is None or 2.0)
+    assert attention_roofline.matmul_peak(CPU, size=8) == 2 * 8**3 / 2.0
+    assert attention_roofline.copy_bandwidth(CPU, numbers=10) == 2 * 40 / 2.0
+
+
+def test_the_committed_roofline():
+    document = load_results("bench-attention_roofline")
+    assert document["ridge"] == pytest.approx(document["peak_flops"] / document["bandwidth"], rel=2e-3)
+    assert {row["method"] for row in document["rows"]} == {
+        "readable, stored scores", "flash_attention, readable", "flash_attention_2, readable", "torch, fused",
+    }  # fmt: skip
+    for row in document["rows"]:
+        flops = attention_flops(row["length"], row["length"], document["dim"], heads=document["heads"])
+        assert row["FLOP/s"] == pytest.approx(flops / row["ms"] * 1e3, rel=2e-3)
+        limit = attainable(row["intensity"], document["peak_flops"], document["bandwidth"])
+        assert row["of limit"] == pytest.approx(row["FLOP/s"] / limit, rel=2e-3)
+        assert 0 < row["of limit"] < 1.2
+
+
+@pytest.fixture
+def attention_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("attention_kernels")
+    monkeypatch.setattr(module, "DTYPE", torch.float32)  # the interpreter's bfloat16 is wrong
+    return module
+
+
+def test_without_a_gpu_the_kernels_are_not_measured(attention_kernels, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    attention_kernels.main("cuda", 1, True, tmp_path / "none.json")
+    assert "needs a CUDA device" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_of_the_kernels_are_equal_work(attention_kernels):
+    assert len(attention_kernels.shapes(True)) == 11
+    for shape in attention_kernels.shapes(False):
+        assert shape.batch * shape.tokens == 16384
+        assert shape.heads * shape.dim == 2048
+        assert shape.heads % shape.kv_heads == 0
+        assert shape.window is None or shape.window < shape.tokens
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+def test_rows_of_the_kernels(attention_kernels, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # needs a C++ compiler, and seconds
+    common = {"batch": 1, "heads": 2, "tokens": 17, "dim": 16}
+    rows = [
+        *attention_kernels.attention_rows(attention_kernels.Shape(**common, kv_heads=1), CPU, 1),
+        *attention_kernels.attention_rows(attention_kernels.Shape(**common, kv_heads=2, window=5), CPU, 1),
+        *attention_kernels.elementwise_rows(4, 16, CPU, 1),
+    ]
+    assert {(row["what"], row["form"], row["backward"]) for row in rows} == {
+        (what, form, backward)
+        for what, peer in (
+            ("attention, causal", "torch, flash"), ("attention, causal, window 5", "torch, mask"),
+            ("rms_norm", "torch"), ("swiglu", "torch"),
+        )
+        for form in ("ours", peer, "readable", "readable, compiled")
+        for backward in (False, True)
+    }  # fmt: skip
+    for row in rows:
+        assert list(row) == list(rows[0])
+        assert (row["TFLOP/s"] is None) != (row["GB/s"] is None)
+        if row["form"] == "ours":
+            assert row["ours is faster by"] == 1
+        if row["what"] == "attention, causal":
+            flops = attention_flops(17, 17, 16, heads=2, is_causal=True) * (3.5 if row["backward"] else 1)
+            assert row["TFLOP/s"] == pytest.approx(flops / row["ms"] * 1e3 / 1e12)
+        if row["what"] == "swiglu":
+            assert row["GB/s"] == pytest.approx(4 * 16 * 4 * (8 if row["backward"] else 3) / row["ms"] / 1e6)
+
+
+def test_a_form_that_computes_something_else_is_not_timed(attention_kernels):
+    x = torch.ones(3)
+    with pytest.raises(SystemExit, match="ours and wrong differ by 1"):
+        attention_kernels.agree({"ours": lambda t: t, "wrong": lambda t: t + 1}, [x])

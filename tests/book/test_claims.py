@@ -166,3 +166,10 @@ def test_an_exploding_gradient_does_not_hold_the_residual_claim() -> None:
     assert claim("residual-100-layers", 27.0).outcome == "held"
     for ratio in (1e17, 1e-17):
         assert claim("residual-100-layers", ratio).outcome == "not here"
+
+
+def test_what_could_not_be_measured_is_not_here() -> None:
+    verdict = claim("flash-3-2x", None, on="no H100 here")
+    assert not verdict
+    assert verdict.outcome == "not here"
+    assert "measured  nothing, on no H100 here" in repr(verdict)

@@ -213,3 +213,23 @@ def test_bad_counts():
     for size in (0, -2, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"bytes_per_number .* must be positive and finite"):
             cached_bytes(SHAPE, 1, bytes_per_number=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("DeepSeek-V2", (102400, 5120, 60, 128, 128, 512, 64, 1536)),
+        ("DeepSeek-V3", (129280, 7168, 61, 128, 128, 512, 64, 1536)),
+    ],
+)
+def test_the_latent_shapes_are_those_of_the_reports(name, fields):
+    """Vocabulary, width, layers, heads, features of a head, ranks of latent, rotary key and query."""
+    s = SHAPES[name]
+    latent = (s.latent.kv_rank, s.latent.rope_dim, s.latent.q_rank)
+    assert (s.vocab, s.dim, s.layers, s.heads, s.head_dim, *latent) == fields
+
+
+def test_what_does_not_show_in_a_count():
+    assert SHAPES["Llama 3 8B"].rope_base == SHAPES["Llama 3 70B"].rope_base == 5e5
+    assert SHAPES["Qwen3 8B"].rope_base == 1e6
+    assert (SHAPES["Mistral 7B"].kv_heads, SHAPES["Qwen3 8B"].kv_heads) == (8, 8)

@@ -177,3 +177,35 @@ def test_a_configuration_that_makes_no_sense(change, says):
 def test_linear_options(how, says):
     with pytest.raises(ValueError, match=says):
         LinearConfig(**how)
+
+
+def mixer(**changes):
+    """The first layer's mixer of a decoder with these changes."""
+    return Decoder(dataclasses.replace(SHAPE, **changes)).blocks[0].mixer.sublayer
+
+
+def test_every_size_of_a_latent_layer_arrives():
+    found = mixer(
+        head_dim=6,
+        latent=LatentConfig(kv_rank=7, rope_dim=4, value_dim=5, q_rank=9),
+        rotary_layout="interleaved",
+        rope_base=77.0,
+    )
+    assert (found.kv_rank, found.rope_dim, found.head_dim, found.value_dim, found.q_rank) == (7, 4, 6, 5, 9)
+    assert found.q_down.out_features == 9
+    assert found.v_up.out_features == 4 * 5
+    assert (found.positions.layout, found.positions.base) == ("interleaved", 77.0)
+
+
+def test_every_option_of_a_linear_layer_arrives():
+    found = mixer(linear=LinearConfig(kind="gated", decay="head", feature_map="relu", conv=3), kv_heads=2)
+    assert (found.kind, found.feature_map, found.conv, found.kv_heads) == ("gated", "relu", 3, 2)
+    assert found.decay.out_features == 2  # one decay a head, not one a channel
+    assert mixer(linear=LinearConfig(kind="gated", decay="channel")).decay.out_features == 4 * 8
+    assert mixer(linear=LinearConfig(kind="gated", decay="fixed")).decay is None
+
+
+@pytest.mark.parametrize("positions", ["alibi", "t5", "shaw"])
+def test_linear_attention_has_no_logits(positions):
+    with pytest.raises(ValueError, match="no logits that positions"):
+        dataclasses.replace(SHAPE, linear=LinearConfig(), positions=positions)

@@ -116,11 +116,11 @@ def test_batches_have_one_length_each_and_the_same_number_of_tokens():
     assert shapes == {(256 // (4 * pairs), 4 * pairs) for pairs in PAIRS}
 
 
-class Oracle(torch.nn.Module):
+class Oracle(Recall):
     """Says the value that stands behind the key in the first half; `wrong` of every list's answers are others."""
 
     def __init__(self, wrong: int = 0):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.wrong = wrong
 
     def hidden(self, ids):
@@ -247,3 +247,55 @@ def test_the_script_runs_only_what_is_missing(rows, tmp_path, monkeypatch, capsy
     assert json.loads(out.read_text())["rows"] == rows
     assert f"recall     mha       {rows[len(VARIANTS)]['recall'][-1]:.3f}" in capsys.readouterr().out
     assert len(SEEDS) == 3
+
+
+def test_conversions_pool_as_they_are_named_and_read_windows_of_their_own(monkeypatch):
+    seen, held_out = split_held_out(TEXT)
+    windows = held_out_windows(held_out, batch=8, length=256)
+    model = make_model("mha", "language", 0).eval()
+    calls = []
+
+    def watched(model, task, seed, **how):
+        calls.append((task, seed, how["steps"], how["rate"]))
+        return []
+
+    monkeypatch.setattr(recipe, "train", watched)
+    for how in ("mean", "first"):
+        grouped, found = convert(model, 2, how, 4, ids=seen, windows=windows, steps=7)
+        wanted = recipe.group_kv_heads(model, 2, how=how)
+        assert all(torch.equal(a, b) for a, b in zip(grouped.parameters(), wanted.parameters(), strict=True))
+        assert found["loss_converted"] == found["loss_trained_on"]
+    # Neither the windows of training (the run's own seed) nor those of another seed.
+    assert calls == [("language", 3004, 7, recipe.UPTRAINING_RATE)] * 2
+
+
+def test_conversions_begin_with_the_trained_model_and_last_as_long_as_they_say(monkeypatch):
+    calls = []
+    monkeypatch.setattr(recipe, "train", lambda model, *args, **how: calls.append((args, how)))
+    recipe._trained.cache_clear()
+    run("conversion", "mean-2-25", 1e-3, 0, ids=TEXT)
+    recipe._trained.cache_clear()
+    (first, begun), (_, then) = calls
+    assert first == ("language", 0)
+    assert (begun["rate"], begun.get("steps")) == (3e-3, None)
+    assert then["steps"] == TASKS["language"]["steps"] // 4
+
+
+def test_every_row_is_asked_in_an_order_of_its_own():
+    lists = recall_lists(16, 6, generator=generator(8))
+    told, asked = lists[:, :32:2], lists[:, 32::2]
+    places = {tuple(t.tolist().index(key) for key in a.tolist()) for t, a in zip(told, asked, strict=True)}
+    assert len(places) == 6
+
+
+def test_the_optimizer_is_the_one_that_is_written_down(monkeypatch):
+    made = {}
+
+    def spy(model, data, loss, **how):
+        made.update(how, groups=how["optimizer"].param_groups[0])
+        return [{"loss": 1.0}]
+
+    monkeypatch.setattr(recipe, "fit", spy)
+    train(make_model("mqa", "recall", 0), "recall", 0, ids=TEXT, rate=1e-2)
+    assert (made["clip"], made["steps"], made["groups"]["weight_decay"]) == (1.0, 500, 0.01)
+    assert made["groups"]["initial_lr"] == 1e-2

@@ -21,6 +21,8 @@ __all__ = ["KINDS", "Claim", "ClaimVerdict", "claim", "judge", "load_claims"]
 Outcome = Literal["held", "partly", "not here"]
 KINDS = ("at_least", "at_most", "about", "ratio", "range", "boolean", "category")
 _STATES = ("planned", "measured")
+NOTHING = "nothing"
+"""What is printed as measured where a measurement needs what this book does not have."""
 _BETWEEN = ("about", "ratio", "range")
 
 
@@ -57,7 +59,7 @@ class ClaimVerdict:
 
     claim: Claim
     outcome: Outcome
-    value: float | bool | str
+    value: float | bool | str | None
     on: str
 
     def __bool__(self) -> bool:
@@ -70,6 +72,8 @@ class ClaimVerdict:
     @property
     def measured(self) -> str:
         """The value as it is printed: rounded by the row's own rule, with its unit."""
+        if self.value is None:
+            return NOTHING
         if isinstance(self.value, bool):
             return "yes" if self.value else "no"
         if isinstance(self.value, str):
@@ -183,6 +187,8 @@ def load_claims(path: Path | None = None) -> dict[str, Claim]:
 
 def judge(row: Claim, value: Any) -> Outcome:
     """The verdict of a row's limits on a value of its kind."""
+    if value is None:
+        return "not here"
     if row.kind == "boolean":
         return "held" if value is row.held else "not here"
 
@@ -200,7 +206,9 @@ def judge(row: Claim, value: Any) -> Outcome:
     return "held" if within(row.held) else "partly" if within(row.partly) else "not here"
 
 
-def _typed(row: Claim, value: Any) -> float | bool | str:
+def _typed(row: Claim, value: Any) -> float | bool | str | None:
+    if value is None:
+        return None
     # torch and numpy scalars
     if hasattr(value, "item"):
         if getattr(value, "ndim", 0):
@@ -222,7 +230,7 @@ def _typed(row: Claim, value: Any) -> float | bool | str:
 
 
 def claim(claim_id: str, value: Any, *, on: str = "") -> ClaimVerdict:
-    """Judge a measured `value` against the claim's thresholds.
+    """Judge a measured `value` against the claim's thresholds; None where nothing could be measured ("not here").
 
     `on` says what was measured, where the row's own `measured_on` does not fit. Numbers may be Python, NumPy
     or torch scalars. ValueError for an unknown claim or a number that is not finite, TypeError for a value of

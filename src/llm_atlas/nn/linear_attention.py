@@ -835,7 +835,7 @@ class LinearAttention(nn.Module):
         self.decay.bias.copy_(torch.logit(1 - forgotten).repeat_interleave(channels))
 
     @torch.no_grad()
-    def draw_gates(self, generator: torch.Generator) -> None:
+    def draw_gates(self, generator: torch.Generator | None) -> None:
         """Decays and convolution as a new layer has them, for code that draws a model's matrices by itself."""
         if self.decay is not None:
             self._open_gates()

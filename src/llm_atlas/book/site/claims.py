@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_atlas.book.claims import Claim, judge, load_claims
+from llm_atlas.book.claims import NOTHING, Claim, judge, load_claims
 from llm_atlas.book.concepts import chapters, load_concepts, read_yaml
 from llm_atlas.book.site.links import claim_cells, escape, plural, read_notebook, ref
 from llm_atlas.book.site.tables import indent
@@ -111,8 +111,10 @@ def measurements(path: Path | None = None, folder: Path | None = None) -> dict[s
     return found
 
 
-def _value(row: Claim, measured: str) -> float | bool | str:
+def _value(row: Claim, measured: str) -> float | bool | str | None:
     """The value that was printed: `0.55 of the pairs, on ...`, `yes`, or a word."""
+    if measured.partition(", on ")[0] == NOTHING:
+        return None
     if row.kind == "boolean":
         return measured.startswith("yes")
     if row.kind == "category":
