@@ -23,6 +23,7 @@ from llm_atlas.models import (
     encoder,
     encoder_decoder,
     families,
+    families_decoders,
     families_encoders,
     families_vision,
     grouping,
@@ -475,7 +476,35 @@ def loaded() -> None:
 
 
 # What runs each public symbol. Modules before functions only where one run covers both.
+def decoder_families() -> None:
+    latent = decoder.LatentConfig(kv_rank=4, rope_dim=2)
+    plain = decoder.DecoderConfig(vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16)
+    with_latents = decoder.DecoderConfig(
+        vocab=11, dim=8, layers=2, heads=2, hidden=12, context=16, latent=latent
+    )
+    fused = {"transformer.h.0.self_attention.query_key_value.weight": x(24, 8)}
+    stacked = {"model.layers.1.mlp.experts.gate_up_proj": x(4, 12, 8)}
+    apart = {f"model.layers.1.mlp.experts.{j}.up_proj.weight": x(6, 8) for j in range(4)}
+    families_decoders.mixtral_weights(stacked, plain)
+    families_decoders.qwen3_moe_weights(apart, plain)
+    down = {"model.layers.1.self_attn.kv_a_proj_with_mqa.weight": x(6, 8)}
+    families_decoders.deepseek_weights(down, with_latents)
+    families_decoders.gptj_weights({"transformer.h.0.attn.q_proj.weight": x(8, 8)}, plain)
+    neox = {"gpt_neox.layers.0.attention.query_key_value.weight": x(24, 8)}
+    families_decoders.gpt_neox_weights(neox, plain)
+    families_decoders.falcon_weights(fused, plain)
+    families_decoders.bloom_weights(fused, plain)
+    families_decoders.gemma3_weights({"model.norm.weight": x(8)}, plain)
+    families.llama_weights({"model.norm.weight": x(8)}, plain)
+
+
 RUNS: dict[object, Callable[[], object]] = {
+    families.llama_weights: decoder_families,
+    **{
+        thing: decoder_families
+        for name, thing in vars(families_decoders).items()
+        if name.endswith("_weights") and thing.__module__ == families_decoders.__name__
+    },
     activations.relu: lambda: activations.relu(x(3)),
     activations.gelu: lambda: (activations.gelu(x(3)), activations.gelu(x(3), approximate="tanh")),
     activations.silu: lambda: activations.silu(x(3)),
@@ -670,6 +699,11 @@ NO_TENSORS = {
     "attention.AttendFunction", "decoder.DecoderConfig", "families.from_llama_config", "families.from_gguf_metadata",
     "feedforward.feed_forward_parameters", "feedforward.feed_forward_flops", "feedforward.gated_hidden",
     "families.from_gpt2_config", "inspect.PositionProbe", "decoder.LatentConfig", "decoder.LinearConfig",
+    "families_decoders.from_bloom_config", "families_decoders.from_deepseek_config",
+    "families_decoders.from_falcon_config", "families_decoders.from_gemma3_config",
+    "families_decoders.from_gpt_neox_config", "families_decoders.from_gptj_config",
+    "families_decoders.from_mixtral_config", "families_decoders.from_qwen3_moe_config", "families.rope_base",
+    "ledger.Ledger", "ledger.parameters", "ledger.flops_per_token", "pretrained.Family",
     "ledger.cached_numbers", "ledger.cached_bytes", "latent_attention.latent_cache_numbers",
     "latent_attention.latent_attention_flops", "latent_attention.absorbed_is_cheaper",
     "linear_attention.linear_state_size", "linear_attention.linear_attention_flops",
@@ -701,6 +735,7 @@ READS_NUMBERS = {
     "minilm.embed_sentences": "its ids are made of strings, on the CPU; see the test below",
     "minilm.load_minilm": "reads a file",
     "pretrained.load_smollm2": "reads a file",
+    "pretrained.from_pretrained": "reads files",
     "kernels.rms_norm.rms_norm": "a Triton kernel reads memory",
     "kernels.flash.flash_attention": "a Triton kernel reads memory",
     "kernels.swiglu.swiglu": "a Triton kernel reads memory",
