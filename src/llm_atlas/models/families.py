@@ -4,7 +4,7 @@ In a table `{}` stands for the number of a layer.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from llm_atlas.models.decoder import DecoderConfig
 from llm_atlas.nn.positions import PositionScheme, interleaved_to_half
 
 Names = dict[str, str]
-Config = TypeVar("Config")
-
 _LLAMA_LAYER = {
     "input_layernorm.weight": "mixer.norm.weight",
     "self_attn.q_proj.weight": "mixer.sublayer.q.weight",
@@ -301,8 +299,8 @@ def gguf_weights(
     return weights
 
 
-def build(config: Config, weights: Mapping[str, Tensor], model: Callable[[Config], nn.Module]) -> nn.Module:
-    """A model with these weights, without first filling it with random ones."""
+def build(config: Any, weights: Mapping[str, Tensor], model: Callable[[Any], nn.Module]) -> nn.Module:
+    """`model(config)` with these weights, without first filling it with random ones; any kind of configuration."""
     with torch.device("meta"):
         made = model(config)
     load_weights(made, weights)
