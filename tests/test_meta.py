@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from llm_atlas.models import (
     families_encoders,
     families_vision,
     grouping,
+    inputs,
     minilm,
     vision,
     vision_language,
@@ -456,13 +458,21 @@ def read_families() -> None:
         "model_type": "llava", "vision_config": tower, "image_token_id": 12,
         "text_config": {"model_type": "llama", **words, "hidden_act": "silu", "rms_norm_eps": 1e-5},
     }  # fmt: skip
-    for config, make, load, names in (
-        (vit, lambda: vision.VisionTransformer(fv.from_vit_config(vit)), fv.load_vit, fv.VIT),
-        (vit, lambda: vision.ImageClassifier(fv.from_vit_config(vit), 5), fv.load_vit, fv.VIT_CLASSIFIER),
-        (clip, lambda: vision_language.CLIP(fv.from_clip_config(clip)), fv.load_clip, fv.CLIP_BOTH),
-        (llava, lambda: vision_language.VisionLanguage(fv.from_llava_config(llava)), fv.load_llava, fv.LLAVA),
+    for config, kind, read, names in (
+        (fv.from_vit_config(vit), vision.VisionTransformer, fv.vit_weights, fv.VIT),
+        (
+            fv.from_vit_config(vit),
+            partial(vision.ImageClassifier, classes=5),
+            fv.vit_weights,
+            fv.VIT_CLASSIFIER,
+        ),
+        (fv.from_clip_config(clip), vision_language.CLIP, fv.clip_weights, fv.CLIP_BOTH),
+        (fv.from_llava_config(llava), vision_language.VisionLanguage, fv.llava_weights, fv.LLAVA),
     ):
-        load(config, under_their_names(on_meta(make), names))
+        weights = read(under_their_names(on_meta(partial(kind, config)), names), config)
+        families.build(config, weights, kind)
+        if read is fv.vit_weights:
+            fv.build_vit(config, weights)
 
 
 def loaded() -> None:
@@ -523,6 +533,8 @@ RUNS: dict[object, Callable[[], object]] = {
     attention.fused_attention: attentions,
     attention.Attend: mixers,
     attention.MultiHeadAttention: mixers,
+    attention.check_attention: attentions,
+    attention.share_heads: attentions,
     attention.split_heads: lambda: attention.split_heads(x(2, 5, 8), 2),
     attention.merge_heads: lambda: attention.merge_heads(x(2, 2, 5, 4)),
     block.Residual: blocks,
@@ -566,9 +578,7 @@ RUNS: dict[object, Callable[[], object]] = {
             "Encoder",
             "MaskedLMHead",
             "attention_positions",
-            "check_ids",
             "check_keep",
-            "check_positions",
             "cls_pool",
             "embedded_positions",
             "make_block",
@@ -577,6 +587,9 @@ RUNS: dict[object, Callable[[], object]] = {
             "unit_length",
         )
     },
+    inputs.check_ids: encoders,
+    inputs.check_positions: encoders,
+    inputs.place: encoder_decoders,
     encoder_decoder.CrossDecoder: encoder_decoders,
     encoder_decoder.EncoderDecoder: encoder_decoders,
     encoder_decoder.Reading: encoder_decoders,
@@ -623,9 +636,10 @@ RUNS: dict[object, Callable[[], object]] = {
     families_encoders.bert_weights: read_families,
     families_encoders.roberta_weights: read_families,
     families_encoders.t5_weights: read_families,
-    families_vision.load_clip: read_families,
-    families_vision.load_llava: read_families,
-    families_vision.load_vit: read_families,
+    families_vision.build_vit: read_families,
+    families_vision.clip_weights: read_families,
+    families_vision.llava_weights: read_families,
+    families_vision.vit_weights: read_families,
     families_vision.vision_weights: read_families,
     families.rename: loaded,
     families.load_weights: loaded,
@@ -702,6 +716,7 @@ NO_TENSORS = {
     "families_decoders.from_bloom_config", "families_decoders.from_deepseek_config",
     "families_decoders.from_falcon_config", "families_decoders.from_gemma3_config",
     "families_decoders.from_gpt_neox_config", "families_decoders.from_gptj_config",
+    "families.check_kind", "families.our_activation", "families.refuse", "families.tie",
     "families_decoders.from_mixtral_config", "families_decoders.from_qwen3_moe_config", "families.rope_base",
     "ledger.Ledger", "ledger.parameters", "ledger.flops_per_token", "pretrained.Family",
     "ledger.cached_numbers", "ledger.cached_bytes", "latent_attention.latent_cache_numbers",

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 from llm_atlas.models.encoder import (
     Encoder,
     EncoderConfig,
-    check_ids,
     check_keep,
     cls_pool,
     mean_pool,
     unit_length,
 )
+from llm_atlas.models.inputs import check_ids
 from llm_atlas.nn.masks import PAD, left_pad
 from llm_atlas.nn.norm import LayerNorm
 
@@ -266,15 +266,15 @@ MODEL = made("bert")
     [
         (lambda: MODEL(ids(2, 13)), r"13 tokens do not fit the context of 12"),
         (lambda: made("t5").hidden(ids(1, 13)), r"13 tokens do not fit the context of 12"),
-        (lambda: MODEL(torch.tensor([[1, 31]])), r"token id 31 is outside the 31 of the model"),
-        (lambda: MODEL(torch.tensor([[1, -2]])), r"token id -2 is outside the 31 of the model"),
+        (lambda: MODEL(torch.tensor([[1, 31]])), r"token id 31 is outside the vocabulary of 31"),
+        (lambda: MODEL(torch.tensor([[1, -2]])), r"token id -2 is outside the vocabulary of 31"),
         (
             lambda: MODEL(torch.tensor([1, 2])),
-            r"token ids must have shape \(batch, seq\), both at least 1, got \(2,\)",
+            r"ids must have shape \(batch, seq\) with both at least 1, got \(2,\)",
         ),
         (
             lambda: MODEL.hidden(ids(1, 2), token_types=torch.tensor([[0, 2]])),
-            r"token type 2 is outside the 2 of the model",
+            r"token type 2 is outside the vocabulary of 2",
         ),
         (
             lambda: MODEL.hidden(ids(1, 2), token_types=torch.tensor([[0, 1, 1]])),
@@ -315,11 +315,11 @@ def test_a_mistake_is_named(call, message):
 
 @pytest.mark.untyped
 def test_wrong_kinds_of_numbers_are_named():
-    with pytest.raises(TypeError, match=r"^token ids must be int64 or int32, got torch.float32$"):
+    with pytest.raises(TypeError, match=r"^ids must be int64 or int32, got torch.float32$"):
         MODEL(torch.zeros(1, 2))
     with pytest.raises(TypeError, match=r"^keep must hold booleans, got torch.int64$"):
         mean_pool(torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"^token ids are on meta, the model is on cpu$"):
+    with pytest.raises(ValueError, match=r"^ids are on meta, the model is on cpu$"):
         check_ids(torch.zeros(1, 2, dtype=torch.long, device="meta"), nn.Embedding(3, 2))
 
 

@@ -284,8 +284,8 @@ def on_another_batch():
     [
         (lambda: MODEL(ids(1, 25), ids(1, 2)), r"25 tokens do not fit the context of 24"),
         (lambda: MODEL(ids(1, 2), ids(1, 25)), r"25 tokens do not fit the context of 24"),
-        (lambda: MODEL(torch.tensor([[31]]), ids(1, 2)), r"token id 31 is outside the 31 of the model"),
-        (lambda: MODEL(ids(1, 2), torch.tensor([[-1]])), r"token id -1 is outside the 31 of the model"),
+        (lambda: MODEL(torch.tensor([[31]]), ids(1, 2)), r"token id 31 is outside the vocabulary of 31"),
+        (lambda: MODEL(ids(1, 2), torch.tensor([[-1]])), r"token id -1 is outside the vocabulary of 31"),
         (lambda: MODEL(ids(2, 3), ids(3, 4)), r"the target has 3 rows, the source 2: they must be equal"),
         (
             lambda: generate(MODEL.read(ids(2, 3)), [[1]], max_new_tokens=1),

@@ -341,7 +341,7 @@ def test_a_stranger_among_the_weights_is_named():
     ("read", "family", "change", "message"),
     [
         (from_bert_config, "bert", {"model_type": "t5"}, "model_type 't5' is not one of bert, roberta"),
-        (from_bert_config, "bert", {"is_decoder": True}, "is_decoder is not supported yet"),
+        (from_bert_config, "bert", {"is_decoder": True}, "is_decoder=True is not supported yet"),
         (
             from_bert_config,
             "bert",

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llm_atlas.models.inputs import check_ids, place
 from llm_atlas.nn.activations import Activation
 from llm_atlas.nn.attention import MultiHeadAttention
 from llm_atlas.nn.block import Block, Parallel, Placement
@@ -18,7 +19,6 @@ from llm_atlas.nn.dropout import Dropout
 from llm_atlas.nn.feedforward import FeedForward, GatedFeedForward
 from llm_atlas.nn.latent_attention import LatentAttention
 from llm_atlas.nn.linear_attention import Decay, Kind, LinearAttention, find_feature_map
-from llm_atlas.nn.masks import visible
 from llm_atlas.nn.moe import ExpertsConfig, MixtureOfExperts
 from llm_atlas.nn.norm import LayerNorm, RMSNorm
 from llm_atlas.nn.positions import (
@@ -347,7 +347,7 @@ class Decoder(nn.Module):
         Without `positions` the tokens follow on from what the cache holds. With them (`nn.masks.left_pad` makes them)
         rows may be of different length; padding has position -1. `mask` replaces the causal mask.
         """
-        self._check(ids)
+        check_ids(ids, self.embed)
         return self.mix(self.embed(ids), positions=positions, mask=mask, cache=cache)
 
     def mix(
@@ -359,24 +359,8 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """`hidden` from embeddings: what comes in need not be tokens (soft prompts, patches of an image)."""
-        (rows, new), past = x.shape[:2], 0 if cache is None else cache.length
-        if positions is not None and positions.shape != (rows, new):
-            raise ValueError(
-                f"positions have shape {tuple(positions.shape)}, the tokens have {(rows, new)}: they must be equal"
-            )
-        if past + new > self.config.context:
-            raise ValueError(f"{past + new} tokens do not fit the context of {self.config.context}")
-        if past and cache.rows != rows:
-            raise ValueError(f"the cache holds {cache.rows} rows, the new ids have {rows}")
-        plain = positions is None
-        if cache is not None:
-            positions = cache.place(new, positions, device=x.device)
-            plain = cache.plain
-        elif plain:
-            positions = torch.arange(new, device=x.device)[None]
         given = mask
-        if mask is None and not plain:
-            mask = visible(positions, positions if cache is None else cache.positions)
+        positions, mask = place(x, positions, mask, cache, context=self.config.context)
         x = self.positions.embed(x, positions)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
@@ -418,19 +402,6 @@ class Decoder(nn.Module):
             for layer in range(self.config.layers)
         ]
         return KVCache(self.config.layers, capacity=capacity, layer=layers)
-
-    def _check(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or 0 in ids.shape:
-            raise ValueError(f"ids must have shape (batch, seq) with both at least 1, got {tuple(ids.shape)}")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
-        if ids.device != self.embed.weight.device:
-            raise ValueError(f"ids are on {ids.device}, the model is on {self.embed.weight.device}")
-        if ids.device.type == "cpu":  # elsewhere reading values back would make the device wait
-            low, high = ids.aminmax()
-            if int(low) < 0 or int(high) >= self.config.vocab:
-                bad = int(low) if int(low) < 0 else int(high)
-                raise ValueError(f"token id {bad} is outside the vocabulary of {self.config.vocab}")
 
 
 def embedded_positions(config: DecoderConfig) -> PositionScheme:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llm_atlas.models.decoder import Norm
+from llm_atlas.models.inputs import check_ids, check_positions
 from llm_atlas.nn.activations import find_activation
 from llm_atlas.nn.attention import MultiHeadAttention
 from llm_atlas.nn.block import Block, Placement
@@ -145,7 +146,7 @@ class Encoder(nn.Module):
                 raise ValueError(
                     f"token types have shape {tuple(token_types.shape)}, ids {tuple(ids.shape)}: they must be equal"
                 )
-            check_ids(token_types, self.token_types, "token type")
+            check_ids(token_types, self.token_types, "type")
             x = x + self.token_types(token_types)
         elif self.token_types is not None:
             x = x + self.token_types.weight[0]
@@ -301,33 +302,6 @@ def attention_positions(config: EncoderConfig, *, bidirectional: bool) -> Positi
             bidirectional=bidirectional,
         )
     return PositionScheme()
-
-
-def check_positions(x: Tensor, positions: Tensor | None, context: int, past: int = 0) -> None:
-    """Raise ValueError where positions do not fit the tokens, or the tokens the context."""
-    (rows, new) = x.shape[:2]
-    if positions is not None and positions.shape != (rows, new):
-        raise ValueError(
-            f"positions have shape {tuple(positions.shape)}, the tokens have {(rows, new)}: they must be equal"
-        )
-    if past + new > context:
-        raise ValueError(f"{past + new} tokens do not fit the context of {context}")
-
-
-def check_ids(ids: Tensor, table: nn.Embedding, what: str = "token id") -> None:
-    """Raise ValueError or TypeError for ids that are no rows of `table`."""
-    if ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(f"{what}s must have shape (batch, seq), both at least 1, got {tuple(ids.shape)}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{what}s must be int64 or int32, got {ids.dtype}")
-    if ids.device != table.weight.device:
-        raise ValueError(f"{what}s are on {ids.device}, the model is on {table.weight.device}")
-    if ids.device.type == "cpu":  # elsewhere reading values back would make the device wait
-        low, high = map(int, ids.aminmax())
-        if low < 0 or high >= table.num_embeddings:
-            raise ValueError(
-                f"{what} {low if low < 0 else high} is outside the {table.num_embeddings} of the model"
-            )
 
 
 def check_keep(hidden: Tensor, keep: Tensor | None) -> None:

@@ -18,17 +18,16 @@ from llm_atlas.models.encoder import (
     EncoderConfig,
     SidePositions,
     attention_positions,
-    check_ids,
-    check_positions,
     check_sizes,
     embedded_positions,
     make_block,
     norm_maker,
 )
+from llm_atlas.models.inputs import check_ids, place
 from llm_atlas.nn.block import Placement
 from llm_atlas.nn.cache import KVCache
 from llm_atlas.nn.dropout import Dropout
-from llm_atlas.nn.masks import padding_mask, visible
+from llm_atlas.nn.masks import padding_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,22 +126,11 @@ class CrossDecoder(nn.Module):
         `positions`, `mask` and `cache` as in `Decoder.hidden`. `context_cache` keeps the keys and values of `context`,
         and may be used for that one context alone.
         """
-        past = 0 if cache is None else cache.length
-        check_positions(x, positions, self.config.context, past)
         if context.shape[0] != x.shape[0]:
             raise ValueError(
                 f"the target has {x.shape[0]} rows, the source {context.shape[0]}: they must be equal"
             )
-        if past and cache.rows != x.shape[0]:
-            raise ValueError(f"the cache holds {cache.rows} rows, the new ids have {x.shape[0]}")
-        plain = positions is None
-        if cache is not None:
-            positions = cache.place(x.shape[1], positions, device=x.device)
-            plain = cache.plain
-        elif plain:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        if mask is None and not plain:
-            mask = visible(positions, positions if cache is None else cache.positions)
+        positions, mask = place(x, positions, mask, cache, context=self.config.context)
         x = self.embed_norm(self.positions.embed(x, positions))
         if self.dropout is not None:
             x = self.dropout(x)

@@ -69,6 +69,7 @@ GPT2 = _table(
         "wpe.weight": "positions.table.weight",
         "ln_f.weight": "norm.weight",
         "ln_f.bias": "norm.bias",
+        "lm_head.weight": "head.weight",
     },
 )
 """What `gpt2_weights` reads, when it has cut c_attn in three."""
@@ -94,7 +95,11 @@ LLAMA_GGUF = _table(
 
 
 def rename(weights: Mapping[str, Tensor], names: Names, layers: int) -> dict[str, Tensor]:
-    """Their state dict under our names. Raises ValueError for a tensor that the table does not know."""
+    """Their state dict under our names. Raises ValueError for a tensor that the table does not know.
+
+    A table may have several of their names for one of ours: a file has one of them, or the same numbers under each, and
+    ValueError names two that differ. (Numbers are compared where there are any: not on the meta device.)
+    """
     ours: dict[str, str] = {}
     for theirs, mine in names.items():
         for layer in range(layers) if "{}" in theirs else (0,):
@@ -104,7 +109,46 @@ def rename(weights: Mapping[str, Tensor], names: Names, layers: int) -> dict[str
         raise ValueError(
             f"{len(unknown)} weights are not in this family's table, the first is {unknown[0]!r}"
         )
-    return {ours[name]: tensor for name, tensor in weights.items()}
+    read: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for name, tensor in weights.items():
+        same = first.setdefault(ours[name], name)
+        kept = read.setdefault(ours[name], tensor)
+        if kept is not tensor and not tensor.is_meta and not torch.equal(kept, tensor):
+            raise ValueError(f"weights {same!r} and {name!r} differ: the model has one for both")
+    return read
+
+
+def tie(names: Names, tied: bool) -> Names:
+    """`names` for a model whose head is its embedding, if it is `tied`: a file's own copy of it must then be equal."""
+    if not tied:
+        return names
+    at = "head.weight"
+    return {
+        theirs: ours.removesuffix(at) + "embed.weight" if ours in (at, f"decoder.{at}") else ours
+        for theirs, ours in names.items()
+    }
+
+
+def our_activation(name: str) -> str:
+    """Our name of an activation that transformers calls `name`."""
+    return {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}.get(name, name)
+
+
+def check_kind(config: Mapping[str, Any], *kinds: str) -> str:
+    """The `model_type` of a configuration; ValueError unless it is one of `kinds`."""
+    kind = config.get("model_type")
+    if kind not in kinds:
+        rule = repr(kinds[0]) if len(kinds) == 1 else f"one of {', '.join(kinds)}"
+        raise ValueError(f"model_type {kind!r} is not {rule}")
+    return kind
+
+
+def refuse(config: Mapping[str, Any], *options: str) -> None:
+    """Raise ValueError for the first of these options that a configuration sets to anything but a false value."""
+    for option in options:
+        if config.get(option):
+            raise ValueError(f"{option}={config[option]} is not supported yet")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -136,9 +180,7 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
     named. SmolLM3 leaves positions out in some layers, every fourth one unless `no_rope_layers` (1 where a layer has
     rotary positions, 0 where it has none) says otherwise.
     """
-    kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "qwen3", "smollm3"):
-        raise ValueError(f"model_type {kind!r} is not one of llama, mistral, qwen3, smollm3")
+    kind = check_kind(config, "llama", "mistral", "qwen3", "smollm3")
     if config.get("use_sliding_window"):
         raise ValueError("use_sliding_window is not supported yet")
     return DecoderConfig(
@@ -151,7 +193,7 @@ def from_llama_config(config: Mapping[str, Any]) -> DecoderConfig:
         window=config.get("sliding_window") if kind == "mistral" else None,
         hidden=config["intermediate_size"],
         context=config["max_position_embeddings"],
-        activation=config["hidden_act"],
+        activation=our_activation(config["hidden_act"]),
         norm_eps=config["rms_norm_eps"],
         rope_base=rope_base(config, default=2000000.0 if kind == "smollm3" else 10000.0),
         nope_layers=_nope_layers(config) if kind == "smollm3" else (),
@@ -191,12 +233,8 @@ def llama_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[
 
     Left out are the rotary constants of old files and the head's copy of tied embeddings.
     """
-    read = {
-        name: tensor
-        for name, tensor in weights.items()
-        if not name.endswith(".rotary_emb.inv_freq") and not (config.tied and name == "lm_head.weight")
-    }
-    return rename(read, QWEN3, config.layers)
+    read = {name: tensor for name, tensor in weights.items() if not name.endswith(".rotary_emb.inv_freq")}
+    return rename(read, tie(QWEN3, config.tied), config.layers)
 
 
 def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
@@ -204,9 +242,7 @@ def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
 
     GPT-BigCode (SantaCoder, StarCoder) is GPT-2 with one key/value head for all.
     """
-    kind = config.get("model_type")
-    if kind not in ("gpt2", "gpt_bigcode"):
-        raise ValueError(f"model_type {kind!r} is not one of gpt2, gpt_bigcode")
+    kind = check_kind(config, "gpt2", "gpt_bigcode")
     if not config.get("scale_attn_weights", True):
         raise ValueError("scale_attn_weights=False is not supported yet")
     if kind == "gpt_bigcode" and not config.get("multi_query", True):
@@ -214,7 +250,6 @@ def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if config.get(name):
             raise ValueError(f"{name} is not supported yet")
-    activation = config.get("activation_function", "gelu_new")
     return DecoderConfig(
         vocab=config["vocab_size"],
         dim=config["n_embd"],
@@ -223,7 +258,7 @@ def from_gpt2_config(config: Mapping[str, Any]) -> DecoderConfig:
         kv_heads=1 if kind == "gpt_bigcode" else None,
         hidden=config.get("n_inner") or 4 * config["n_embd"],
         context=config["n_positions"],
-        activation="gelu_tanh" if activation in ("gelu_new", "gelu_pytorch_tanh") else activation,
+        activation=our_activation(config.get("activation_function", "gelu_new")),
         gated=False,
         norm="layer",
         norm_eps=config["layer_norm_epsilon"],
@@ -245,7 +280,7 @@ def gpt2_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[s
     read: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or (name == "lm_head.weight" and config.tied):
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
         if config.kv_heads is None and ".c_" in name and name.endswith(".weight"):
             tensor = tensor.T.contiguous()
@@ -256,7 +291,7 @@ def gpt2_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[s
             read |= {f"{whole}.{letter}.{part}": piece.contiguous() for letter, piece in pieces}
         else:
             read[name] = tensor
-    return rename(read, GPT2 | {"lm_head.weight": "head.weight"}, config.layers)
+    return rename(read, tie(GPT2, config.tied), config.layers)
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any], *, tied: bool) -> DecoderConfig:

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from llm_atlas.models.decoder import DecoderConfig, LatentConfig
-from llm_atlas.models.families import LLAMA, QWEN3, Names, from_llama_config, rename, rope_base
+from llm_atlas.models.families import (
+    LLAMA,
+    QWEN3,
+    Names,
+    check_kind,
+    from_llama_config,
+    our_activation,
+    refuse,
+    rename,
+    rope_base,
+    tie,
+)
 from llm_atlas.nn.moe import ExpertsConfig
-
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
-"""Their names of activations where ours differ."""
 
 
 def _layers(names: Names, prefix: str) -> Names:
@@ -107,6 +115,7 @@ GPT_NEOX = _layers(_fused("attention"), "layers.") | {
     "embed_in.weight": "embed.weight",
     **_both({"final_layer_norm": "norm"}),
     "embed_out.weight": "head.weight",
+    "lm_head.weight": "head.weight",  # its name since transformers 5
 }
 BLOOM = _layers(_fused("self_attention"), "h.") | {
     "word_embeddings.weight": "embed.weight",
@@ -124,12 +133,12 @@ def from_mixtral_config(config: Mapping[str, Any]) -> DecoderConfig:
 
     Jiang et al. 2024, section 2 (arXiv 2401.04088).
     """
-    _check_kind(config, "mixtral")
+    check_kind(config, "mixtral")
     experts = ExpertsConfig(
         experts=config["num_local_experts"],
         active=config["num_experts_per_tok"],
         hidden=config["intermediate_size"],
-        activation=_activation(config["hidden_act"]),
+        activation=our_activation(config["hidden_act"]),
     )
     return replace(from_llama_config({**config, "model_type": "mistral"}), experts=experts)
 
@@ -140,12 +149,12 @@ def from_qwen3_moe_config(config: Mapping[str, Any]) -> DecoderConfig:
     Every `decoder_sparse_step`th layer has them unless it is one of `mlp_only_layers`. Qwen team 2025, section 2 (arXiv
     2505.09388).
     """
-    _check_kind(config, "qwen3_moe")
+    check_kind(config, "qwen3_moe")
     experts = ExpertsConfig(
         experts=config["num_experts"] if "num_experts" in config else config["num_local_experts"],
         active=config["num_experts_per_tok"],
         hidden=config["moe_intermediate_size"],
-        activation=_activation(config["hidden_act"]),
+        activation=our_activation(config["hidden_act"]),
         renormalize=config.get("norm_topk_prob", False),
     )
     step, only = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
@@ -160,7 +169,7 @@ def from_deepseek_config(config: Mapping[str, Any]) -> DecoderConfig:
     Unsupported options, the published models' YaRN and 8-bit numbers among them, are named.
     DeepSeek-AI 2024, section 2.1 (arXiv 2412.19437).
     """
-    _check_kind(config, "deepseek_v3")
+    check_kind(config, "deepseek_v3")
     if config["rms_norm_eps"] != 1e-6:
         raise ValueError(
             f"rms_norm_eps {config['rms_norm_eps']} is not supported: latents are normed with 1e-6"
@@ -176,7 +185,7 @@ def from_deepseek_config(config: Mapping[str, Any]) -> DecoderConfig:
         active=config["num_experts_per_tok"],
         hidden=config["moe_intermediate_size"],
         shared=config["n_shared_experts"],
-        activation=_activation(config["hidden_act"]),
+        activation=our_activation(config["hidden_act"]),
         score="sigmoid",
         renormalize=config["norm_topk_prob"],
         scale=config["routed_scaling_factor"],
@@ -195,7 +204,7 @@ def from_deepseek_config(config: Mapping[str, Any]) -> DecoderConfig:
         experts=experts,
         dense_layers=tuple(range(min(config["first_k_dense_replace"], config["num_hidden_layers"]))),
         context=config["max_position_embeddings"],
-        activation=_activation(config["hidden_act"]),
+        activation=our_activation(config["hidden_act"]),
         norm_eps=config["rms_norm_eps"],
         rope_base=rope_base(config),
         rotary_layout="interleaved" if config.get("rope_interleave", True) else "half",
@@ -206,12 +215,12 @@ def from_deepseek_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def mixtral_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """All tensors of a Mixtral checkpoint under our names, its experts stored one by one or in one tensor."""
-    return rename(_stack_experts(_bare(weights, config)), MIXTRAL, config.layers)
+    return rename(_stack_experts(_bare(weights)), tie(MIXTRAL, config.tied), config.layers)
 
 
 def qwen3_moe_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """All tensors of a Qwen3 checkpoint with experts under our names; as in `mixtral_weights`."""
-    return rename(_stack_experts(_bare(weights, config)), QWEN3_MOE, config.layers)
+    return rename(_stack_experts(_bare(weights)), tie(QWEN3_MOE, config.tied), config.layers)
 
 
 def deepseek_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -222,7 +231,7 @@ def deepseek_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
     """
     latent, read = config.latent, {}
     head_dim = config.head_dim or config.dim // config.heads
-    for name, tensor in _stack_experts(_bare(weights, config)).items():
+    for name, tensor in _stack_experts(_bare(weights)).items():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= config.layers:
             continue
@@ -240,7 +249,7 @@ def deepseek_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> di
             read |= {f"{module}.{which}.{part}": piece for which, piece in zip("kv", pieces, strict=True)}
         else:
             read[name] = tensor
-    return rename(read, DEEPSEEK, config.layers)
+    return rename(read, tie(DEEPSEEK, config.tied), config.layers)
 
 
 _ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
@@ -285,8 +294,8 @@ def from_gptj_config(config: Mapping[str, Any]) -> DecoderConfig:
 
     Wang and Komatsuzaki 2021 (github.com/kingoflolz/mesh-transformer-jax).
     """
-    _check_kind(config, "gptj")
-    _refuse(config, "tie_word_embeddings")
+    check_kind(config, "gptj")
+    refuse(config, "tie_word_embeddings")
     return DecoderConfig(
         vocab=config["vocab_size"],
         dim=config["n_embd"],
@@ -294,7 +303,7 @@ def from_gptj_config(config: Mapping[str, Any]) -> DecoderConfig:
         heads=config["n_head"],
         hidden=config.get("n_inner") or 4 * config["n_embd"],
         context=config["n_positions"],
-        activation=_activation(config["activation_function"]),
+        activation=our_activation(config["activation_function"]),
         gated=False,
         norm="layer",
         norm_eps=config["layer_norm_epsilon"],
@@ -313,7 +322,7 @@ def from_gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
     Parallel blocks with two norms, or blocks as they always were without `use_parallel_residual`; rotary positions on
     a part of each head. Black et al. 2022, section 2.1 (arXiv 2204.06745); Biderman et al. 2023 (arXiv 2304.01373).
     """
-    _check_kind(config, "gpt_neox")
+    check_kind(config, "gpt_neox")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     share = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     bias = config.get("attention_bias", True)
@@ -324,7 +333,7 @@ def from_gpt_neox_config(config: Mapping[str, Any]) -> DecoderConfig:
         heads=config["num_attention_heads"],
         hidden=config["intermediate_size"],
         context=config["max_position_embeddings"],
-        activation=_activation(config["hidden_act"]),
+        activation=our_activation(config["hidden_act"]),
         gated=False,
         norm="layer",
         norm_eps=config["layer_norm_eps"],
@@ -344,8 +353,8 @@ def from_falcon_config(config: Mapping[str, Any]) -> DecoderConfig:
     The first have one key/value head for all and one norm a block, the later ones (`new_decoder_architecture`) groups
     of heads and two norms, unless `num_ln_in_parallel_attn` says one. Almazrouei et al. 2023 (arXiv 2311.16867).
     """
-    _check_kind(config, "falcon")
-    _refuse(config, "alibi")
+    check_kind(config, "falcon")
+    refuse(config, "alibi")
     heads = config["num_attention_heads"]
     new, bias = config.get("new_decoder_architecture", False), config.get("bias", False)
     if new:
@@ -364,7 +373,7 @@ def from_falcon_config(config: Mapping[str, Any]) -> DecoderConfig:
         kv_heads=kv_heads,
         hidden=config.get("ffn_hidden_size") or 4 * config["hidden_size"],
         context=config.get("max_position_embeddings", 2048),
-        activation=_activation(config.get("activation", "gelu")),
+        activation=our_activation(config.get("activation", "gelu")),
         gated=False,
         norm="layer",
         norm_eps=config["layer_norm_epsilon"],
@@ -379,20 +388,18 @@ def from_falcon_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def gptj_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """All tensors of a GPT-J checkpoint under our names."""
-    return rename(_bare(weights, config, "transformer."), GPTJ, config.layers)
+    return rename(_bare(weights, "transformer."), tie(GPTJ, config.tied), config.layers)
 
 
 def gpt_neox_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """All tensors of a GPT-NeoX checkpoint under our names; its query, key and value lie head by head in one matrix."""
-    read = _cut_fused(_bare(weights, config, "gpt_neox."), config)
-    if "lm_head.weight" in read:  # its name since transformers 5
-        read["embed_out.weight"] = read.pop("lm_head.weight")
-    return rename(read, GPT_NEOX, config.layers)
+    read = _cut_fused(_bare(weights, "gpt_neox."), config)
+    return rename(read, tie(GPT_NEOX, config.tied), config.layers)
 
 
 def falcon_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """All tensors of a Falcon checkpoint under our names; query, key and value lie group by group in one matrix."""
-    return rename(_cut_fused(_bare(weights, config, "transformer."), config), FALCON, config.layers)
+    return rename(_cut_fused(_bare(weights, "transformer."), config), tie(FALCON, config.tied), config.layers)
 
 
 def _cut_fused(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
@@ -420,8 +427,8 @@ def from_gemma3_config(config: Mapping[str, Any]) -> DecoderConfig:
     on queries and keys. Gemma team 2025, section 2 (arXiv 2503.19786). Unsupported options are named, the rotary
     scaling of the models from 4B on among them.
     """
-    _check_kind(config, "gemma3_text")
-    _refuse(config, "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
+    check_kind(config, "gemma3_text")
+    refuse(config, "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
     layers, bias = config["num_hidden_layers"], config.get("attention_bias", False)
     kinds = config.get("layer_types")
     if kinds is None:
@@ -446,7 +453,7 @@ def from_gemma3_config(config: Mapping[str, Any]) -> DecoderConfig:
         full_layers=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
         hidden=config["intermediate_size"],
         context=config["max_position_embeddings"],
-        activation=_activation(config["hidden_activation"]),
+        activation=our_activation(config["hidden_activation"]),
         norm_eps=config["rms_norm_eps"],
         placement="sandwich",
         rope_base=far,
@@ -466,7 +473,7 @@ def gemma3_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict
     Its norms multiply with 1 + weight, ours with the weight: 1 is added here, in float32 and then rounded to the dtype
     of the file, which costs a bfloat16 weight the digits that it had below 1/256.
     """
-    read = rename(_bare(weights, config), GEMMA3, config.layers)
+    read = rename(_bare(weights), tie(GEMMA3, config.tied), config.layers)
     return {
         name: (tensor.float() + 1).to(tensor.dtype) if re.search(r"norm(_after)?\.weight$", name) else tensor
         for name, tensor in read.items()
@@ -479,8 +486,8 @@ def from_bloom_config(config: Mapping[str, Any]) -> DecoderConfig:
     ALiBi has no longest position; `context` is the length of the training texts, 2048 unless `seq_length` says
     otherwise. BigScience 2022, section 3.2 (arXiv 2211.05100).
     """
-    _check_kind(config, "bloom")
-    _refuse(config, "apply_residual_connection_post_layernorm")
+    check_kind(config, "bloom")
+    refuse(config, "apply_residual_connection_post_layernorm")
     dim = config["hidden_size"] if "hidden_size" in config else config["n_embed"]
     return DecoderConfig(
         vocab=config["vocab_size"],
@@ -504,20 +511,17 @@ def from_bloom_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 def bloom_weights(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """All tensors of a BLOOM checkpoint under our names; query, key and value lie head by head in one matrix."""
-    return rename(_cut_fused(_bare(weights, config, "transformer."), config), BLOOM, config.layers)
+    return rename(_cut_fused(_bare(weights, "transformer."), config), tie(BLOOM, config.tied), config.layers)
 
 
 # ---------------------------------------------------------------------------------------------- shared
 
 
-def _bare(weights: Mapping[str, Tensor], config: DecoderConfig, prefix: str = "") -> dict[str, Tensor]:
-    """Names without `prefix`; constants of old files and the head's copy of tied embeddings left out."""
+def _bare(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Names without `prefix`, and without the constants of old files."""
     constants = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")
-    copies = ("lm_head.weight", "embed_out.weight") if config.tied else ()
     return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in weights.items()
-        if not name.endswith(constants) and name not in copies
+        name.removeprefix(prefix): tensor for name, tensor in weights.items() if not name.endswith(constants)
     }
 
 
@@ -540,18 +544,3 @@ def _halves(name: str, tensor: Tensor) -> Iterable[Tensor]:
             f"weight {name!r} has shape {tuple(tensor.shape)}: gate and up are halves of its second axis"
         )
     return [half.contiguous() for half in tensor.chunk(2, dim=1)]
-
-
-def _activation(name: str) -> str:
-    return _ACTIVATIONS.get(name, name)
-
-
-def _check_kind(config: Mapping[str, Any], kind: str) -> None:
-    if config.get("model_type") != kind:
-        raise ValueError(f"model_type {config.get('model_type')!r} is not {kind!r}")
-
-
-def _refuse(config: Mapping[str, Any], *options: str) -> None:
-    for option in options:
-        if config.get(option):
-            raise ValueError(f"{option}={config[option]} is not supported yet")

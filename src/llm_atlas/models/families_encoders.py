@@ -10,10 +10,7 @@ from torch import Tensor
 
 from llm_atlas.models.encoder import EncoderConfig
 from llm_atlas.models.encoder_decoder import EncoderDecoderConfig
-from llm_atlas.models.families import Names, rename
-
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
-"""Their names of activations where ours differ."""
+from llm_atlas.models.families import Names, check_kind, our_activation, refuse, rename, tie
 
 
 def _with_bias(names: Names) -> Names:
@@ -50,7 +47,8 @@ _BERT_BODY = {
 }
 BERT = (
     _BERT_BODY
-    | {"cls.predictions.bias": "head.bias"}
+    | {"cls.predictions.bias": "head.bias", "cls.predictions.decoder.bias": "head.bias"}
+    | {"cls.predictions.decoder.weight": "embed.weight"}
     | _with_bias(
         {
             "cls.predictions.transform.dense": "head.dense",
@@ -60,7 +58,8 @@ BERT = (
 )
 ROBERTA = (
     _BERT_BODY
-    | {"lm_head.bias": "head.bias"}
+    | {"lm_head.bias": "head.bias", "lm_head.decoder.bias": "head.bias"}
+    | {"lm_head.decoder.weight": "embed.weight"}
     | _with_bias({"lm_head.dense": "head.dense", "lm_head.layer_norm": "head.norm"})
 )
 
@@ -88,8 +87,11 @@ def _t5_half(half: str, feedforward: int) -> Names:
     }
 
 
+_SHARED = {
+    f"{where}.weight": "embed.weight" for where in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+}
 T5 = {
-    "shared.weight": "embed.weight",
+    **_SHARED,
     "lm_head.weight": "head.weight",
     **_t5_half("encoder", 1),
     **_t5_half("decoder", 2),
@@ -115,7 +117,7 @@ def _bart_half(half: str) -> Names:
 
 
 BART = {
-    "shared.weight": "embed.weight",
+    **_SHARED,
     "lm_head.weight": "head.weight",
     "final_logits_bias": "logits_bias",
     **_bart_half("encoder"),
@@ -131,10 +133,8 @@ def from_bert_config(
     RoBERTa's positions begin behind the id of its padding: the rows up to there belong to no token, and
     `roberta_weights` leaves them out. Raises ValueError for options that are not supported, by name.
     """
-    kind = config.get("model_type")
-    if kind not in ("bert", "roberta"):
-        raise ValueError(f"model_type {kind!r} is not one of bert, roberta")
-    _refuse(config, "is_decoder", "add_cross_attention")
+    kind = check_kind(config, "bert", "roberta")
+    refuse(config, "is_decoder", "add_cross_attention")
     embedding = config.get("position_embedding_type", "absolute")
     if embedding != "absolute":
         raise ValueError(f"position_embedding_type {embedding!r} is not supported yet")
@@ -152,7 +152,7 @@ def from_bert_config(
         heads=config["num_attention_heads"],
         hidden=config["intermediate_size"],
         context=config["max_position_embeddings"] - unused,
-        activation=_activation(config["hidden_act"]),
+        activation=our_activation(config["hidden_act"]),
         norm_eps=config["layer_norm_eps"],
         token_types=config["type_vocab_size"],
         pooler=pooler,
@@ -163,10 +163,11 @@ def from_bert_config(
 def bert_weights(weights: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """All tensors of a BERT checkpoint under our names.
 
-    Names may begin with `bert.`, and norms may have a gamma and beta (the first files have). Left out: the head's
-    copies of the tied embedding and of its bias, the constant list of positions, and the head for the next sentence.
+    Names may begin with `bert.`, and norms may have a gamma and beta (the first files have). Left out: the constant
+    lists of positions and types, and the head for the next sentence. The head's copies of the tied embedding and of its
+    bias must be copies.
     """
-    return rename(_bert_read(weights, "bert.", "cls.predictions.decoder."), BERT, config.layers)
+    return rename(_bert_read(weights, "bert."), BERT, config.layers)
 
 
 def roberta_weights(weights: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ def roberta_weights(weights: Mapping[str, Tensor], config: EncoderConfig) -> dic
 
     As `bert_weights`; names may begin with `roberta.`.
     """
-    named = rename(_bert_read(weights, "roberta.", "lm_head.decoder."), ROBERTA, config.layers)
+    named = rename(_bert_read(weights, "roberta."), ROBERTA, config.layers)
     return _cut_positions(named, config.context)
 
 
@@ -188,8 +189,7 @@ def from_t5_config(
     T5 has no longest position: `context` is what it was trained with, and may be more.
     Raises ValueError for options that are not supported, by name.
     """
-    if config.get("model_type") != "t5":
-        raise ValueError(f"model_type {config.get('model_type')!r} is not 't5'")
+    check_kind(config, "t5")
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
     gate, _, name = config.get("feed_forward_proj", "relu").rpartition("-")
     if gate not in ("", "gated"):
@@ -205,7 +205,7 @@ def from_t5_config(
         hidden=config["d_ff"],
         context=context,
         # "gated-gelu" has always meant the tanh form.
-        activation="gelu_tanh" if gate and name == "gelu" else _activation(name),
+        activation="gelu_tanh" if gate and name == "gelu" else our_activation(name),
         gated=bool(gate),
         norm_eps=config["layer_norm_epsilon"],
         relative_buckets=config["relative_attention_num_buckets"],
@@ -217,27 +217,25 @@ def from_t5_config(
 
 
 def t5_weights(weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
-    """All tensors of a T5 checkpoint under our names, without the copies of the shared embedding."""
-    copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    copies += ["lm_head.weight"] if config.tied else []
+    """All tensors of a T5 checkpoint under our names; copies of the shared embedding must be copies."""
     # Old files have a table in the decoder's cross-attention, which no release of the model reads.
     unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    read = {name: tensor for name, tensor in weights.items() if name not in (*copies, unread)}
-    return rename(read, T5, _most_layers(config))
+    read = {name: tensor for name, tensor in weights.items() if name != unread}
+    return rename(read, tie(T5, config.tied), _most_layers(config))
 
 
-def from_bart_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
+def from_bart_config(config: Mapping[str, Any], *, logits_bias: bool = True) -> EncoderDecoderConfig:
     """A transformers configuration (as a dict) of the family `bart`.
 
+    `logits_bias`: whether the weights have `final_logits_bias`, as those of the bare BartModel have not (bart-base).
     Raises ValueError for halves of different width and for options that are not supported, by name.
     """
-    if config.get("model_type") != "bart":
-        raise ValueError(f"model_type {config.get('model_type')!r} is not 'bart'")
+    check_kind(config, "bart")
     for name in ("attention_heads", "ffn_dim"):
         encoder, decoder = config[f"encoder_{name}"], config[f"decoder_{name}"]
         if encoder != decoder:
             raise ValueError(f"encoder_{name} {encoder} and decoder_{name} {decoder} must be equal")
-    _refuse(config, "normalize_before", "static_position_embeddings")
+    refuse(config, "normalize_before", "static_position_embeddings")
     return EncoderDecoderConfig(
         vocab=config["vocab_size"],
         dim=config["d_model"],
@@ -246,7 +244,7 @@ def from_bart_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
         heads=config["encoder_attention_heads"],
         hidden=config["encoder_ffn_dim"],
         context=config["max_position_embeddings"],
-        activation=_activation(config["activation_function"]),
+        activation=our_activation(config["activation_function"]),
         bias=True,
         norm="layer",
         norm_eps=1e-5,
@@ -255,31 +253,31 @@ def from_bart_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
         embed_norm=True,
         embed_scale=config["d_model"] ** 0.5 if config.get("scale_embedding") else 1.0,
         tied=config.get("tie_word_embeddings", True),
-        logits_bias=True,
+        logits_bias=logits_bias,
     )
 
 
 def bart_weights(weights: Mapping[str, Tensor], config: EncoderDecoderConfig) -> dict[str, Tensor]:
     """All tensors of a BART checkpoint under our names.
 
-    Names may begin with `model.`. Left out are the copies of the shared embedding, and the first two rows of both
-    tables of positions: BART begins to count at 2, as if padding's id were still in the way.
+    Names may begin with `model.`; copies of the shared embedding must be copies. Left out are the first two rows of
+    both tables of positions: BART begins to count at 2, as if padding's id were still in the way.
     """
-    copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    copies += ["lm_head.weight"] if config.tied else []
+    unread = ("encoder.version", "decoder.version")  # of the oldest files
     read = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    read = {name: tensor for name, tensor in read.items() if name not in copies}
+    read = {name: tensor for name, tensor in read.items() if name not in unread}
     if "final_logits_bias" in read:
         read["final_logits_bias"] = read["final_logits_bias"].flatten()  # (1, vocab)
-    return _cut_positions(rename(read, BART, _most_layers(config)), config.context)
+    return _cut_positions(rename(read, tie(BART, config.tied), _most_layers(config)), config.context)
 
 
-def _bert_read(weights: Mapping[str, Tensor], prefix: str, copies: str) -> dict[str, Tensor]:
+def _bert_read(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    unread = ("cls.seq_relationship.", "embeddings.position_ids", "embeddings.token_type_ids")
     read = {}
     for name, tensor in weights.items():
         name = name.removeprefix(prefix)
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not name.startswith((copies, "cls.seq_relationship.")) and name != "embeddings.position_ids":
+        if not name.startswith(unread):
             read[name] = tensor
     return read
 
@@ -294,13 +292,3 @@ def _cut_positions(weights: dict[str, Tensor], context: int) -> dict[str, Tensor
 
 def _most_layers(config: EncoderDecoderConfig) -> int:
     return max(config.layers, config.decoder_layers or 0)
-
-
-def _activation(name: str) -> str:
-    return _ACTIVATIONS.get(name, name)
-
-
-def _refuse(config: Mapping[str, Any], *options: str) -> None:
-    for name in options:
-        if config.get(name):
-            raise ValueError(f"{name} is not supported yet")

@@ -2,19 +2,24 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_atlas.core.assets import fetch
 from llm_atlas.core.device import default_dtype, pick_device
 from llm_atlas.core.weights import load_gguf, load_safetensors
 from llm_atlas.models import families_decoders as more
-from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.models import families_encoders as encoders
+from llm_atlas.models import families_vision as seeing
+from llm_atlas.models.decoder import Decoder
+from llm_atlas.models.encoder import Encoder
+from llm_atlas.models.encoder_decoder import EncoderDecoder
 from llm_atlas.models.families import (
     build,
     from_gguf_metadata,
@@ -24,18 +29,45 @@ from llm_atlas.models.families import (
     gpt2_weights,
     llama_weights,
 )
+from llm_atlas.models.vision import ImageClassifier, VisionTransformer
+from llm_atlas.models.vision_language import CLIP, VisionLanguage
 from llm_atlas.text.byte_bpe import ByteBPE
 
 SMOLLM2 = "smollm2-135m-instruct"
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DECODER, _ENCODER, _BOTH = (partial(build, model=kind) for kind in (Decoder, Encoder, EncoderDecoder))
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of decoders is read: its config.json into ours, its weights (given ours) under our names."""
+    """How a family is read and built.
 
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    read_weights: Callable[[Mapping[str, Tensor], DecoderConfig], dict[str, Tensor]]
+    read_config:  its config.json into ours
+    read_weights: its weights, given ours, under our names
+    build:        our configuration and these weights to the model
+    heads:        what its config.json leaves to the weights, as keywords of `read_config`: given it and their names
+    """
+
+    read_config: Callable[..., Any]
+    read_weights: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    build: Callable[[Any, Mapping[str, Tensor]], nn.Module] = _DECODER
+    heads: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda config, names: {}
+
+
+def _bert_heads(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {
+        "pooler": any(name.removeprefix(f"{config['model_type']}.").startswith("pooler.") for name in names),
+        "masked_lm": any(name.startswith(("cls.predictions.", "lm_head.")) for name in names),
+    }
+
+
+def _t5_head(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    # transformers 5 writes of both versions that they are tied.
+    return {"tied": "lm_head.weight" not in names} if "scale_decoder_outputs" in config else {}
+
+
+def _bart_bias(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {"logits_bias": "final_logits_bias" in names}
 
 
 _LLAMA, _GPT2 = Family(from_llama_config, llama_weights), Family(from_gpt2_config, gpt2_weights)
@@ -54,6 +86,13 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(more.from_falcon_config, more.falcon_weights),
     "gemma3_text": Family(more.from_gemma3_config, more.gemma3_weights),
     "bloom": Family(more.from_bloom_config, more.bloom_weights),
+    "bert": Family(encoders.from_bert_config, encoders.bert_weights, _ENCODER, _bert_heads),
+    "roberta": Family(encoders.from_bert_config, encoders.roberta_weights, _ENCODER, _bert_heads),
+    "t5": Family(encoders.from_t5_config, encoders.t5_weights, _BOTH, _t5_head),
+    "bart": Family(encoders.from_bart_config, encoders.bart_weights, _BOTH, _bart_bias),
+    "vit": Family(seeing.from_vit_config, seeing.vit_weights, seeing.build_vit),
+    "clip": Family(seeing.from_clip_config, seeing.clip_weights, partial(build, model=CLIP)),
+    "llava": Family(seeing.from_llava_config, seeing.llava_weights, partial(build, model=VisionLanguage)),
 }
 """`model_type` of a config.json to how it is read."""
 
@@ -63,8 +102,12 @@ def from_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Decoder:
-    """A checkpoint of one of `FAMILIES` in our Decoder, ready to be run (not training).
+) -> Decoder | Encoder | EncoderDecoder | VisionTransformer | ImageClassifier | CLIP | VisionLanguage:
+    """A checkpoint of one of `FAMILIES` in a model of ours, ready to be run (not training).
+
+    bert and roberta give an `Encoder`, with a pooler and a head for masked tokens where the weights have them; t5 and
+    bart an `EncoderDecoder`; vit a `VisionTransformer`, or with a classifier an `ImageClassifier`; clip a `CLIP`; llava
+    a `VisionLanguage`; all others a `Decoder`.
 
     `source` is a folder with a config.json and a model.safetensors, or the files that a model.safetensors.index.json
     lists. What is no folder is taken for a name on the Hugging Face Hub ("EleutherAI/pythia-70m"): huggingface_hub,
@@ -86,25 +129,28 @@ def from_pretrained(
         raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not one of {known}")
     if config.get("quantization_config"):
         raise ValueError(f"{folder / 'config.json'}: quantization_config is not supported yet")
+    family, (weights, file) = FAMILIES[kind], _read_weights(folder)
     try:
-        ours = FAMILIES[kind].read_config(config)
+        ours = family.read_config(config, **family.heads(config, weights))
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     device = pick_device(device)
-    weights, file = _read_weights(folder, device, dtype or default_dtype(device))
+    dtype = dtype or default_dtype(device)
+    weights = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in weights.items()}
     try:
-        model = build(ours, FAMILIES[kind].read_weights(weights, ours), Decoder)
+        model = family.build(ours, family.read_weights(weights, ours))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        what = ", ".join(config.get("architectures") or ())
+        raise ValueError(f"{file}: {error}" + (f" (architectures: {what})" if what else "")) from None
     return model.eval()
 
 
-def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a checkpoint under its own names, and the file that says which there are."""
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of a checkpoint under its own names, not yet read, and the file that says which there are."""
     if (folder / _ONE_FILE).is_file():
-        return load_safetensors(folder / _ONE_FILE, dtype=dtype, device=device), folder / _ONE_FILE
+        return load_safetensors(folder / _ONE_FILE), folder / _ONE_FILE
     index = folder / _INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{folder}: there is no {_ONE_FILE} and no {_INDEX}; pickles are not read")
@@ -117,7 +163,7 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> tup
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: {name!r} is not the name of a safetensors file beside it")
     for name in sorted(set(where.values())):
-        shard = load_safetensors(folder / name, dtype=dtype, device=device)
+        shard = load_safetensors(folder / name)
         for weight in shard:
             if where.get(weight) != name:
                 raise ValueError(f"{folder / name}: weight {weight!r} is not listed for it in {_INDEX}")

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_atlas.models.decoder import Decoder, DecoderConfig
+from llm_atlas.models.inputs import check_ids
 from llm_atlas.models.inspect import hooked
 from llm_atlas.models.vision import VisionConfig, VisionTransformer
 from llm_atlas.nn.activations import Activation, find_activation
@@ -206,7 +207,7 @@ class VisionLanguage(nn.Module):
         flat, counts = _flatten(images, len(ids))
         _check_counts(where, [n * self.image_tokens for n in counts], "image tokens", "patches")
         text = ids.masked_fill(where, 0)
-        self.decoder._check(text)
+        check_ids(text, self.decoder.embed)
         embedded = self.decoder.embed(text)
         return splice(embedded, self.image_features(flat).flatten(0, 1), where) if len(flat) else embedded
 
@@ -406,7 +407,7 @@ class CrossVisionLanguage(Decoder):
         A cache takes images once. Errors: ValueError where a row's image tokens are not as many as its images, for a
         cache that has images already, TypeError for a cache that `make_cache` did not make.
         """
-        self._check(ids)
+        check_ids(ids, self.embed)
         if cache is not None and not isinstance(cache, ImageCache):
             raise TypeError("cache must come from this model's make_cache: it has to keep the images")
         context, seen = self._look(ids, images, cache)

@@ -50,9 +50,9 @@ def attention_weights(
     `scale` is $1/\sqrt{d}$ unless given. `mask` is True where a query may look; weights elsewhere are exactly 0,
     and a row that may look nowhere is all zeros (no NaN). `is_causal` is the square lower triangle.
     """
-    _check(q, k, k, mask, bias, is_causal)
+    check_attention(q, k, k, mask, bias, is_causal)
     wide = torch.promote_types(q.dtype, torch.float32)
-    k = _share_heads(q, k)
+    k = share_heads(q, k)
     scores = (
         q.to(wide) @ k.to(wide).transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     )
@@ -87,9 +87,9 @@ def scaled_dot_product_attention(
 
     Time $O(T^2 d)$, memory $O(T^2)$. Vaswani et al. 2017, section 3.2.1 (arXiv 1706.03762).
     """
-    _check(q, k, v, mask, bias, is_causal)
+    check_attention(q, k, v, mask, bias, is_causal)
     weights = attention_weights(q, k, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
-    return (weights @ _share_heads(q, v).to(weights.dtype)).to(q.dtype)
+    return (weights @ share_heads(q, v).to(weights.dtype)).to(q.dtype)
 
 
 def fused_attention(
@@ -106,7 +106,7 @@ def fused_attention(
 
     Memory O(T) where the kernel is a tiled one. Tested equal to the readable form.
     """
-    _check(q, k, v, mask, bias, is_causal)
+    check_attention(q, k, v, mask, bias, is_causal)
     if bias is not None:
         # A row that may look nowhere would be NaN or a mean over all keys: mask and bias need the safe form.
         if mask is not None:
@@ -346,8 +346,11 @@ def merge_heads(x: Float[Tensor, "batch heads seq head_dim"]) -> Float[Tensor, "
     return x.transpose(1, 2).flatten(-2)
 
 
-def _share_heads(q: Tensor, k: Tensor) -> Tensor:
-    """Repeat each key/value head for its group of query heads (a no-op when they are as many, or broadcast)."""
+def share_heads(q: Tensor, k: Tensor) -> Tensor:
+    """Keys (or values) with each head repeated for its group of query heads: what shares heads, written out.
+
+    `k` itself where it has as many heads as `q`, or one, which broadcasts. Heads are the axis before the last two.
+    """
     if q.dim() < 3 or k.dim() < 3 or q.shape[-3] <= k.shape[-3] or k.shape[-3] == 1:
         return k
     return k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
@@ -357,9 +360,13 @@ def _and(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask & other
 
 
-def _check(
+def check_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool
 ) -> None:
+    """Raise ValueError or TypeError where the arguments of an attention function do not fit each other.
+
+    For every function of the *attend* seam, so that all of them refuse the same, in the same words.
+    """
     if q.dim() < 2 or k.dim() < 2 or v.dim() < 2:
         raise ValueError(
             f"q, k and v need at least 2 axes (tokens, features), got {q.dim()}, {k.dim()} and {v.dim()}"

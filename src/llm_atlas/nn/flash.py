@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm_atlas.nn.attention import _check
+from llm_atlas.nn.attention import check_attention
 
 
 def online_softmax(x: Float[Tensor, "*batch n"], *, block: int = 1) -> Float[Tensor, "*batch n"]:
@@ -128,7 +128,7 @@ def _attend(
     block_q: int,
     block_k: int,
 ) -> Tensor:
-    _check(q, k, v, mask, bias, is_causal)
+    check_attention(q, k, v, mask, bias, is_causal)
     _check_window(window, q.shape[-2], k.shape[-2])
     _check_blocks(block_q=block_q, block_k=block_k)
     grouped = q.dim() > 2 and k.dim() > 2 and q.shape[-3] > k.shape[-3] > 1

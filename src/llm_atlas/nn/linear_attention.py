@@ -25,8 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llm_atlas.nn.attention import _check as _check_attention
-from llm_atlas.nn.attention import _share_heads, merge_heads, split_heads
+from llm_atlas.nn.attention import check_attention, merge_heads, share_heads, split_heads
 from llm_atlas.nn.cache import LayerCache
 from llm_atlas.nn.masks import PAD
 from llm_atlas.nn.norm import RMSNorm
@@ -182,18 +181,18 @@ def linear_attention(
     Katharopoulos et al. 2020, equations 4 and 5 (arXiv 2006.16236); decays: Sun et al. 2023, equation 5
     (arXiv 2307.08621), Yang et al. 2023, section 4.1 (arXiv 2312.06635).
     """
-    _check_attention(q, k, v, mask, bias, is_causal)
+    check_attention(q, k, v, mask, bias, is_causal)
     if bias is not None:
         raise ValueError("linear attention takes no bias: what is added to a logit is no product of features")
     if log_decay is not None and not is_causal:
         raise ValueError("log_decay needs is_causal=True: a decay counts the tokens since the key")
     # Without a decay a mask drops scores, any of them; with one it drops tokens, and their decay with them.
     p = _prepare(q, k, v, mask if log_decay is not None else None, feature_map, normalize, scale, log_decay)
-    keys = _share_heads(q, p.k)
+    keys = share_heads(q, p.k)
     if log_decay is None:
         scores = p.q @ keys.transpose(-2, -1)
     else:
-        decay = _decay_between(_share_heads(q, p.log_decay))
+        decay = _decay_between(share_heads(q, p.log_decay))
         if decay.shape[-1] == 1:
             scores = p.q @ keys.transpose(-2, -1) * decay.squeeze(-1)
         else:
@@ -202,7 +201,7 @@ def linear_attention(
         scores = scores.tril()
     if mask is not None and log_decay is None:
         scores = scores.masked_fill(~mask, 0.0)
-    return _finish(scores @ _share_heads(q, p.v), q, normalize)
+    return _finish(scores @ share_heads(q, p.v), q, normalize)
 
 
 def bidirectional_linear_attention(
@@ -220,9 +219,9 @@ def bidirectional_linear_attention(
     `linear_attention` without `is_causal`, in time $O(T d_k d_v)$. `mask` (..., 1, keys) is True at real keys.
     Katharopoulos et al. 2020, equation 6 (arXiv 2006.16236).
     """
-    _check_attention(q, k, v, mask, None, False)
+    check_attention(q, k, v, mask, None, False)
     p = _prepare(q, k, v, mask, feature_map, normalize, scale, None)
-    return _finish(p.q @ _share_heads(q, p.k.transpose(-2, -1) @ p.v), q, normalize)
+    return _finish(p.q @ share_heads(q, p.k.transpose(-2, -1) @ p.v), q, normalize)
 
 
 def linear_attention_recurrent(
@@ -613,7 +612,7 @@ def _mapped_states(start: Tensor, maps: Tensor, updates: Tensor) -> tuple[Tensor
 
 
 def _check_recurrent(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    _check_attention(q, k, v, mask, None, False)
+    check_attention(q, k, v, mask, None, False)
     if q.shape[-2] != k.shape[-2] or q.shape[-2] < 1:
         raise ValueError(
             f"there are {q.shape[-2]} queries and {k.shape[-2]} keys: a recurrence takes one of each a token,"

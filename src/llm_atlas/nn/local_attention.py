@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from llm_atlas.nn.attention import AttendFunction, _check, fused_attention
+from llm_atlas.nn.attention import AttendFunction, check_attention, fused_attention
 from llm_atlas.nn.masks import PAD, check_rising, check_window, sliding_window_mask, visible
 
 Bias = Callable[[Tensor, Tensor, Tensor], Tensor | None]
@@ -54,7 +54,7 @@ def local_attention(
     (on the CPU) and where shapes do not fit. Beltagy et al. 2020, section 3.1 (arXiv 2004.05150).
     """
     check_window(window)
-    _check(q, k, v, None, None, False)
+    check_attention(q, k, v, None, None, False)
     queries, keys = q.shape[-2], k.shape[-2]
     if queries < 1 or keys < queries:
         raise ValueError(f"local attention needs 1 <= queries <= keys, got queries {queries} and keys {keys}")

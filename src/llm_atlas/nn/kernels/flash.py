@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm_atlas.nn.attention import _check
+from llm_atlas.nn.attention import check_attention
 from llm_atlas.nn.flash import _check_window
 from llm_atlas.nn.kernels._triton import check, jit, tl, triton
 
@@ -83,7 +83,7 @@ def flash_attention(
                 f"the Triton form of flash_attention takes no {name}: use nn.flash.flash_attention_2"
                 " or nn.attention.fused_attention"
             )
-    _check(q, k, v, None, None, is_causal)
+    check_attention(q, k, v, None, None, is_causal)
     _check_window(window, q.shape[-2], k.shape[-2])
     check("flash_attention", _forward, q, k, v)
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
