@@ -58,9 +58,9 @@ LONGEST = 28
 KINDS = ("encoder-decoder", "decoder", "prefix")
 SEEDS = (0, 1, 2)
 BATCH = 128
-STEPS = 1500
+STEPS = 1000
 HOUSE_STEPS = 9000
-RATES = {"encoder-decoder": 3e-3, "decoder": 3e-3, "prefix": 3e-3}
+RATES = {"encoder-decoder": 3e-3, "decoder": 1e-2, "prefix": 3e-3}
 SHAPE = {"dim": 96, "heads": 4, "hidden": 256}
 LAYERS = {"encoder": 2, "decoder": 2, "alone": 5}
 SETTINGS = {
@@ -72,6 +72,7 @@ SETTINGS = {
     "batch": BATCH,
     "steps": STEPS,
     "rates": RATES,
+    "rates_tried": (1e-3, 3e-3, 1e-2),
     "optimizer": "AdamW, weight decay 0.01; 5% warm-up, then a half cosine to zero; gradient clipped to length 1",
     "units": "rates as shares of the test words' sounds and words, loss in nats a sound (the end sign counts)",
 }
