@@ -18,7 +18,7 @@ class Message(TypedDict):
     content: str
 
 
-def _checked(messages: Sequence[Mapping[str, str]]) -> list[Message]:
+def _checked(messages: Sequence[Mapping[str, str]], system: str | None = SMOLLM_SYSTEM) -> list[Message]:
     if isinstance(messages, str | Mapping) or not messages:
         raise ValueError(f"messages {messages!r} must be a list of at least one message")
     for i, message in enumerate(messages):
@@ -32,20 +32,26 @@ def _checked(messages: Sequence[Mapping[str, str]]) -> list[Message]:
             )
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} has content {message['content']!r}, which is no string")
-    if messages[0]["role"] == "system":
+    if system is None or messages[0]["role"] == "system":
         return list(messages)
-    return [Message(role="system", content=SMOLLM_SYSTEM), *messages]
+    return [Message(role="system", content=system), *messages]
 
 
-def chatml(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> str:
+def chatml(
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = False,
+    system: str | None = SMOLLM_SYSTEM,
+) -> str:
     """The conversation in ChatML, character for character as SmolLM2's template writes it.
 
     Each message becomes `<|im_start|>role\\ncontent<|im_end|>\\n`; a conversation that does not open with a
     system message gets SmolLM2's default one.
     add_generation_prompt: end with the opening of an assistant's message, for the model to go on from.
+    system: another default system message; None for no default.
     Errors: ValueError for no messages, an unknown role, other keys, content that is no string.
     """
-    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in _checked(messages)]
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in _checked(messages, system)]
     return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
