@@ -128,3 +128,24 @@ def test_one_concept_has_one_exercise() -> None:
 
         @checker("self-attention", asks="?", praise="!")
         def another(trial: Trial) -> None: ...
+
+
+def test_an_answer_has_to_refuse_what_it_was_told_to() -> None:
+    def refuses(x):
+        raise ValueError("no")
+
+    def crashes(x):
+        raise KeyError("x")
+
+    assert Trial(refuses, 0).refuses(ValueError, "x is 3", x=3) is None
+    with pytest.raises(Exception, match=r"x is 3: ValueError was wanted, it stopped with KeyError\n  x  3"):
+        Trial(crashes, 0).refuses(ValueError, "x is 3", x=3)
+    with pytest.raises(Exception, match=r"x is 3: ValueError was wanted\n  x    3\n  got  4"):
+        Trial(lambda x: x + 1, 0).refuses(ValueError, "x is 3", x=3)
+
+
+def test_a_list_that_is_written_to_is_told() -> None:
+    history = [1, 2]
+    with pytest.raises(Exception, match=r"it changed its input history in place\n  history  \[1, 2\]"):
+        Trial(lambda history: history.append(3) or 1, 0).ask(history=history)
+    assert history == [1, 2]

@@ -15,7 +15,7 @@ import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Trial:
     def ask(self, **inputs: Any) -> Any:
         """Call the answer with copies of `inputs`, by position. A crash or a changed input makes the answer
         wrong."""
-        copies = [value.clone() if isinstance(value, Tensor) else value for value in inputs.values()]
+        copies = _copies(inputs)
         first, self._calls = self._calls == 0, self._calls + 1
         try:
             got = self._answer(*copies)
@@ -105,9 +105,26 @@ class Trial:
                 raise _Unattempted
             raise _Wrong(_report(f"it returned {got!r} here, though not on a smaller input", inputs))
         for (name, value), copy in zip(inputs.items(), copies, strict=True):
-            if isinstance(value, Tensor) and not torch.equal(value, copy):
+            same = torch.equal(value, copy) if isinstance(value, Tensor) else value == copy
+            if not same:
                 raise _Wrong(_report(f"it changed its input {name} in place", inputs))
         return got
+
+    def refuses(self, error: type[Exception], reason: str, **inputs: Any) -> None:
+        """End the run unless the answer raises `error` on these inputs; `reason` says what is wrong with
+        them."""
+        try:
+            got = self._answer(*_copies(inputs))
+        except error:
+            return
+        except Exception as other:  # the reader's code may raise anything
+            stopped = f"it stopped with {type(other).__name__}"
+            self.fail(f"{reason}: {error.__name__} was wanted, {stopped}", inputs)
+        self.fail(f"{reason}: {error.__name__} was wanted", inputs, got=got)
+
+    def fail(self, fault: str, inputs: dict[str, Any], **results: Any) -> NoReturn:
+        """End the run with `fault`, for what `compare` cannot see."""
+        raise _Wrong(_report(fault, inputs, **results))
 
     def compare(
         self,
@@ -135,6 +152,14 @@ class Trial:
                 fault = slip
                 break
         raise _Wrong(_report(fault, inputs, got=got, wanted=wanted))
+
+
+def _copies(inputs: dict[str, Any]) -> list[Any]:
+    """What the reader's code gets: it may write to it."""
+    return [
+        value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+        for value in inputs.values()
+    ]
 
 
 def _matches(got: Any, slip: Any, rtol: float, atol: float) -> bool:
