@@ -15,6 +15,9 @@ from torch import Tensor
 from llm_atlas.book.checks import Trial, checker
 
 Slip = tuple[str, Callable[..., Any]]
+# Draws of inputs until all slips can be told apart; some dozens are enough.
+_TRIES = 2000
+_ALIKE = f"in {_TRIES} draws two slips, or a slip and the right way, always gave the same"
 
 
 def _hints(slips: Iterable[Slip], *args: Any) -> list[tuple[str, Callable[[], Any]]]:
@@ -130,7 +133,7 @@ def _all_biases(c: _Sizes) -> int:
 
 def _telling_sizes(trial: Trial, tied: bool) -> _Sizes:
     """Grouped heads, and sizes by which each miscount can be told from all others."""
-    while True:
+    for _ in range(_TRIES):
         kv_heads = trial.integer(3, 5)
         heads = kv_heads * trial.integer(2, 3)
         dim = heads * trial.integer(2, 5)
@@ -147,6 +150,7 @@ def _telling_sizes(trial: Trial, tied: bool) -> _Sizes:
         # the two sums of all biases are one number where there is no head
         if len(set(seen)) == len(seen) - tied:
             return sizes
+    raise AssertionError(_ALIKE)
 
 
 @checker(
@@ -268,7 +272,7 @@ def _sentences(
     for row, length in zip(keep, lengths, strict=True):
         start = trial.integer(0, width - length)
         row[start : start + length] = True
-    while True:
+    for _ in range(_TRIES):
         hidden = trial.normal(len(lengths), width, dim)
         mean = _mean(hidden, keep)
         hidden = torch.where(keep[..., None], hidden, (100 * hidden).round() + 50)
@@ -276,6 +280,7 @@ def _sentences(
         steady = mean.norm(dim=-1).min() > 0.3 and all(f(hidden, keep).isfinite().all() for _, f in slips)
         if steady and _are_told_apart(_cosines(mean), slips, hidden, keep):
             return hidden, keep
+    raise AssertionError(_ALIKE)
 
 
 @checker(
@@ -550,12 +555,13 @@ _PLACE_SLIPS: tuple[Slip, ...] = (
 
 def _logits(trial: Trial, tokens: int, experts: int, active: int, capacity: int, *slips: Slip) -> Tensor:
     """Scores without ties, by which the slips can be told apart."""
-    while True:
+    for _ in range(_TRIES):
         logits = trial.normal(tokens, experts)
         ranked = logits.sort(-1).values
         args = logits, active, capacity
         if (ranked.diff(dim=-1) > 0.05).all() and _are_told_apart(_route(*args), slips, *args):
             return logits
+    raise AssertionError(_ALIKE)
 
 
 @checker(
