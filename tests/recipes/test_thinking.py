@@ -415,7 +415,7 @@ class Scripted:
 @pytest.mark.parametrize(("follows", "expected"), [(True, [1.0, 0.0]), (False, [0.0, 1.0])])
 def test_faithfulness_tells_followers_from_reckoners(monkeypatch, follows, expected):
     monkeypatch.setattr(recipe, "write", Scripted(follows))
-    found = measure_faithfulness(None, held_out_problems(20))
+    found = measure_faithfulness(make_model(0), held_out_problems(20))
     assert found["other"] == found["last"] == found["early"] == expected
     assert found["recovered"] == [0.0, 1.0]
     assert 60 < found["early_problems"] <= 120
@@ -431,7 +431,7 @@ def test_votes_are_counted_for_each_problem(monkeypatch):
         ]
 
     monkeypatch.setattr(recipe, "solve", answers)
-    assert measure_votes(None, held_out_problems(2)) == {"votes": [[0.0, 1.0, 1.0, 1.0]] * 2}
+    assert measure_votes(make_model(0), held_out_problems(2)) == {"votes": [[0.0, 1.0, 1.0, 1.0]] * 2}
 
 
 def test_the_sweep_keeps_what_is_there(tmp_path, monkeypatch):

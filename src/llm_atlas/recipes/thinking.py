@@ -278,7 +278,7 @@ def training_batches(kind: str, seed: int) -> Iterator[Batch]:
             yield make_batch(traces[part * BATCH : (part + 1) * BATCH])
 
 
-def trace_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+def trace_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, int]]:
     """Mean cross-entropy of what is learnt, in nats a token."""
     logits = model(batch.ids)
     loss = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
@@ -398,7 +398,7 @@ def commonest(problems: Sequence[Problem]) -> float:
     return max(counts.values()) / len(problems)
 
 
-def by_length(problems: Sequence[Problem], values: Sequence[float]) -> list[float]:
+def by_length(problems: Sequence[Problem], values: Sequence[int | float]) -> list[float]:
     """The mean of `values` over the problems of each length, in the order of the lengths."""
     groups: dict[int, list[float]] = {}
     for problem, value in zip(problems, values, strict=True):
@@ -410,7 +410,7 @@ def _right(problems: Sequence[Problem], answers: Sequence[ThinkingAnswer]) -> li
     return [float(verify(p, found.answer)) for p, found in zip(problems, answers, strict=True)]
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[int | float]) -> float:
     return sum(values) / len(values)
 
 
