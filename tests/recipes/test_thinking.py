@@ -375,6 +375,7 @@ def test_a_run_begins_as_it_did(rows):
 
 def test_a_small_run_writes_a_model_that_loads_and_says_what_it_does(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "VOTES", (1, 2))
+    monkeypatch.setattr(recipe, "BUDGETS", (0, 4))
     path = tmp_path / "thinking.safetensors"
     row = run("thinking", 0, steps=3, each=4, save=path)
     facts = json.loads(path.with_suffix(".json").read_text())
