@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import llm_atlas.infer
 import llm_atlas.models
 import llm_atlas.nn
-from llm_atlas.infer import generate, sampling
+from llm_atlas.infer import budget, generate, sampling
 from llm_atlas.models import (
     decoder,
     encoder,
@@ -707,6 +707,10 @@ RUNS: dict[object, Callable[[], object]] = {
     sampling.temperature: lambda: sampling.temperature(0.5)(x(2, 11), []),
     sampling.greedy: lambda: sampling.greedy(x(2, 11)),
     sampling.sample: lambda: sampling.sample(x(2, 11)),
+    budget.force_budget: lambda: [
+        budget.force_budget([0], [1], most=1)(x(2, 11), [[0], [0, 4, 4]]),
+        budget.force_budget([0], [1], least=3, wait_ids=[2, 3])(x(2, 11), [[0], [0, 4, 4]]),
+    ],
 }
 
 NO_TENSORS = {
@@ -731,7 +735,7 @@ NO_TENSORS = {
     "moe.ExpertParameters", "moe.ExpertsConfig", "moe.ExpertsFunction", "moe.expert_capacity", "moe.expert_flops",
     "moe.expert_parameters", "vision.VisionConfig", "vision_language.CLIPConfig",
     "vision_language.CrossVisionLanguageConfig", "vision_language.VisionLanguageConfig",
-    "vision_language.spread_images",
+    "vision_language.spread_images", "budget.thinking_tokens", "chat.majority_vote",
     *(
         f"roofline.{name}"
         for name in (

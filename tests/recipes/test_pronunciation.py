@@ -171,3 +171,54 @@ def test_saved_weights_come_back(tmp_path):
     for name, p in again.named_parameters():
         assert p.dtype == torch.float32
         torch.testing.assert_close(p, kept[name].float(), rtol=0, atol=0)
+
+
+def test_only_training_words_are_learnt(monkeypatch):
+    seen = set()
+    make_batch = recipe.make_batch
+
+    def spy(pairs):
+        seen.update(pairs)
+        return make_batch(pairs)
+
+    monkeypatch.setattr(recipe, "make_batch", spy)
+    # Of one length, so that they come in one batch.
+    ways = [("B", "AE", "S"), ("B", "EY", "S")]
+    said = {"bas": ways, "cab": [("K", "AE", "B")], "fox": [("F", "AA", "K", "S")], "zoo": [("Z", "UW")]}
+    recipe.train(
+        "encoder-decoder", 0, steps=1, lr=1e-3, said=said, split=Split(["bas", "cab"], ["fox"], ["zoo"])
+    )
+    assert seen == {("cab", ("K", "AE", "B")), *(("bas", way) for way in ways)}
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_run_is_measured_on_the_part_that_is_named(monkeypatch, part: str):
+    asked, measure = [], recipe.measure
+
+    def spy(kind, model, words, said):
+        asked.append(words)
+        return measure(kind, model, words, said)
+
+    monkeypatch.setattr(recipe, "pronunciations", lambda: SAID)
+    monkeypatch.setattr(recipe, "split_words", lambda said: Split(["bananas"], ["cab"], ["read"]))
+    monkeypatch.setattr(recipe, "measure", spy)
+    recipe.run("encoder-decoder", 0, steps=1, words=part)
+    assert asked == [["cab"] if part == "validation" else ["read"]]
+
+
+@pytest.mark.parametrize("kind", recipe.KINDS)
+def test_a_cache_is_filled_under_the_mask_of_its_kind(monkeypatch, kind: str):
+    """Untrained weights have no favourite sound, so that a letter seen or not seen changes what is written."""
+    monkeypatch.setattr(recipe, "LONGEST", 10)
+    words = ["read", "bananas", "thought"]
+    model = recipe.make_model(kind, 0).eval()
+    for word in words:
+        sounds = recipe.pronounce(model, [word], kind=kind)[0]
+        written = [recipe.BEGIN]
+        letters = torch.tensor([recipe.letter_ids(word)])
+        while len(written) <= recipe.LONGEST and written[-1] != recipe.END:
+            batch = recipe.Batch(
+                letters, torch.arange(len(word))[None], torch.tensor([written]), torch.tensor([written])
+            )
+            written.append(int(recipe.logits_of(kind, model, batch)[0, -1].argmax()))
+        assert sounds == recipe.decode(written[1:])
