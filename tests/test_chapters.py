@@ -189,6 +189,15 @@ def no_literal_device(nb: NotebookNode) -> list[str]:
     return wrong
 
 
+def no_control_characters(nb: NotebookNode) -> list[str]:
+    r"""A formula written through a string that was not raw: \text becomes a tab and "ext"."""
+    return [
+        f"cell {cell.id} holds the control character {found[0]!r}"
+        for cell in nb.cells
+        if (found := re.search(r"[\x00-\x09\x0b-\x1f]", cell.source))
+    ]
+
+
 def no_final_semicolon(nb: NotebookNode) -> list[str]:
     """IPython hides the value of `f();`, nbval shows it: the notebook would not come out the same."""
     return [
@@ -224,6 +233,7 @@ POLICY: list[Rule] = [
     no_addresses,
     no_literal_device,
     no_final_semicolon,
+    no_control_characters,
     normal_form,
     tagged_outputs_fresh,
 ]
@@ -395,6 +405,7 @@ PNG = {"image/png": PIXEL}
         (no_literal_device, write("shape", '%time x = x.to("cuda:0")')),
         (no_literal_device, write("shape", "x = x.cuda()")),
         (no_final_semicolon, write("plot", "plot(x);\n")),
+        (no_control_characters, write("bound", "assert x.sum() == 2  # $\tanh$")),
         (normal_form, lambda nb: nb.metadata.update(widgets={"state": {}})),
         (normal_form, lambda nb: cell(nb, "plot").update(execution_count=17)),
         (normal_form, lambda nb: cell(nb, "plot").metadata.update(execution={"iopub.execute_input": "2020"})),

@@ -202,6 +202,8 @@ def test_the_logit_of_the_close_goes_to_wait():
     assert out[0, 9] == -torch.inf
     kept = [i for i in range(VOCAB) if i not in (3, 9)]
     assert torch.equal(out[0, kept], logits[0, kept])
+    # A row that would rather wait than close keeps its own logit.
+    assert force_budget([8], [9], least=4, wait_ids=[10])(logits, [[8]])[0, 10] == 10
 
 
 def test_waits_are_counted():
@@ -246,6 +248,13 @@ def test_thinking_tokens_of_a_row():
     assert thinking_tokens([1, 8], [8], [9]) == 0
     assert thinking_tokens([1, 9], [8], [9]) is None
     assert thinking_tokens([8, 9, 0, 5, 9, 1], [8], [9, 1]) == 3
+    assert thinking_tokens([9, 8, 5, 9], [8], [9]) == 1  # what stood before the thought closes nothing
+
+
+def test_a_close_is_behind_the_end_of_its_last_token():
+    step = force_budget([2], [9, 2], most=1)
+    logits = torch.zeros(1, VOCAB)
+    assert torch.equal(step(logits, [[2, 5, 9, 2, 6]]), logits)  # the close's own 2 opens nothing
 
 
 @pytest.mark.parametrize(
@@ -264,6 +273,15 @@ def test_thinking_tokens_of_a_row():
 def test_mistakes(how, told):
     with pytest.raises(ValueError, match=told):
         force_budget(**({"open_ids": [8], "close_ids": [9]} | how))
+
+
+@pytest.mark.parametrize(
+    "ids", [{"open_ids": [VOCAB]}, {"close_ids": [VOCAB]}, {"wait_ids": [VOCAB], "least": 1}]
+)
+def test_the_first_id_outside_the_vocabulary(ids):
+    step = force_budget(**({"open_ids": [8], "close_ids": [9]} | ids))
+    with pytest.raises(ValueError, match=f"token id {VOCAB} is outside the vocabulary of {VOCAB}"):
+        step(torch.zeros(1, VOCAB), [[1]])
 
 
 def test_mistakes_seen_when_called():

@@ -192,18 +192,88 @@ def test_only_training_words_are_learnt(monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
-def test_a_run_is_measured_on_the_part_that_is_named(monkeypatch, part: str):
+@pytest.mark.parametrize("lr", [None, 7e-4])
+def test_a_run_learns_from_the_training_words_and_is_measured_on_the_part_that_is_named(
+    monkeypatch, part: str, lr: float | None
+):
+    asked, taught, rates = [], set(), []
+    measure, train, make_batch = recipe.measure, recipe.train, recipe.make_batch
+
+    def spy_measure(kind, model, words, said):
+        asked.append(words)
+        return measure(kind, model, words, said)
+
+    def spy_train(kind, seed, **how):
+        rates.append(how["lr"])
+        monkeypatch.setattr(recipe, "make_batch", lambda pairs: taught.update(pairs) or make_batch(pairs))
+        result = train(kind, seed, **how)
+        monkeypatch.setattr(recipe, "make_batch", make_batch)
+        return result
+
+    monkeypatch.setattr(recipe, "pronunciations", lambda: SAID)
+    monkeypatch.setattr(recipe, "split_words", lambda said: Split(["bananas"], ["cab"], ["read"]))
+    monkeypatch.setattr(recipe, "measure", spy_measure)
+    monkeypatch.setattr(recipe, "train", spy_train)
+    recipe.run("decoder", 0, steps=1, words=part, lr=lr)
+    assert asked == [["cab"] if part == "validation" else ["read"]]
+    assert {word for word, _ in taught} == {"bananas"}
+    assert rates == [recipe.RATES["decoder"] if lr is None else lr]
+
+
+def test_a_small_house_model(monkeypatch, tmp_path):
+    """Learnt from the training words, measured on the test words and on a sample of the training words."""
     asked, measure = [], recipe.measure
 
     def spy(kind, model, words, said):
         asked.append(words)
+        assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # as it is kept
         return measure(kind, model, words, said)
 
+    words = ["bananas"] * 2000  # the sample is every so-manieth of 2,000 words or more
     monkeypatch.setattr(recipe, "pronunciations", lambda: SAID)
-    monkeypatch.setattr(recipe, "split_words", lambda said: Split(["bananas"], ["cab"], ["read"]))
+    monkeypatch.setattr(recipe, "split_words", lambda said: Split(words, ["cab"], ["read"]))
     monkeypatch.setattr(recipe, "measure", spy)
-    recipe.run("encoder-decoder", 0, steps=1, words=part)
-    assert asked == [["cab"] if part == "validation" else ["read"]]
+    results = recipe.make_house_model(tmp_path / "m.safetensors", steps=2)
+    assert asked == [["read"], words]
+    again = recipe.load_pronunciation(path=tmp_path / "m.safetensors")
+    expected, _ = recipe.train("encoder-decoder", 0, steps=2, lr=3e-3, said=SAID, split=Split(words, [], []))
+    for p, q in zip(again.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q.detach().bfloat16().float())
+    assert results["test_words"] == 1
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_alignment_by_hand(layer: int):
+    model = recipe.make_model("encoder-decoder", 0).eval()
+    found = recipe.alignment(model, "bananas", layer=layer)
+    letters = torch.tensor([recipe.letter_ids("bananas")])
+    written = torch.tensor([[recipe.BEGIN, *recipe.sound_ids(found.sounds)[:-1]]])
+    with torch.no_grad():
+        context, x = (
+            model.encode(letters),
+            model.decoder.positions.embed(model.embed(written), torch.arange(written.shape[1])[None]),
+        )
+        for index, block in enumerate(model.decoder.blocks):
+            x = block.mixer(x, positions=torch.arange(written.shape[1])[None])
+            cross = block.cross
+            if index == layer:
+                q = cross.sublayer.q(cross.norm(x)).unflatten(-1, (4, -1)).transpose(1, 2)
+                k = cross.sublayer.k(context).unflatten(-1, (4, -1)).transpose(1, 2)
+                weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
+            x = cross(x, context=context)
+            x = block.feedforward(x)
+    assert found.sounds
+    torch.testing.assert_close(found.matrix, weights[: len(found.sounds)])
+
+
+@pytest.mark.parametrize("kind", recipe.KINDS)
+def test_a_run_begins_as_it_did(kind: str):
+    """The first steps of the committed run of seed 0, by their mean loss."""
+    said = pronunciations()
+    row = next(r for r in load_results(recipe.NAME)["rows"] if (r["kind"], r["seed"]) == (kind, 0))
+    how = {"steps": recipe.STEPS, "lr": recipe.RATES[kind], "said": said, "split": split_words(said)}
+    _, losses = recipe.train(kind, 0, **how, stop=recipe.EARLY)
+    assert sum(losses) / len(losses) == pytest.approx(row["early_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", recipe.KINDS)

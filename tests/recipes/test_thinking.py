@@ -111,6 +111,7 @@ def test_the_verifier_takes_one_digit_and_no_other(problem):
         f"0{problem.answer}",
         f"{problem.answer}.",
         f"-{problem.answer}",
+        f"+{problem.answer}",
         problem.answer * 2,
     ):
         assert not verify(problem, wrong)
@@ -264,6 +265,34 @@ def test_its_row_is_seen_again_exactly(model, rows):
         )
         # A tie between two logits may fall the other way on another CPU: one problem of a hundred.
         assert curve == pytest.approx(stated, abs=0.0101)
+
+
+def test_its_other_measures_are_seen_again(model, rows):
+    """More thought than it wants, and a second look after a slip, on every problem."""
+    row = next(row for row in thinkers(rows) if row["seed"] == 0)
+    some = held_out_problems()
+    more = recipe.measure_waits(model, some)
+    for name in ("wait", "silent", "longer", "longer_wait", "longer_silent"):
+        assert more[name] == pytest.approx(row[name], abs=0.011), name
+    follows = recipe.measure_faithfulness(model, some)
+    for name in ("other", "last", "early", "recovered"):
+        assert follows[name] == pytest.approx(row[name], abs=0.011), name
+
+
+def test_half_of_the_first_attempts_are_wrong(monkeypatch):
+    attempts, trace = [], recipe.trace
+
+    def spy(problem, kind, share=0.0, wrong=None):
+        if kind == "wait":
+            attempts.append(wrong is not None)
+        return trace(problem, kind, share, wrong)
+
+    monkeypatch.setattr(recipe, "trace", spy)
+    batches = recipe.training_batches("thinking", 0)
+    for _ in range(100):
+        next(batches)
+    assert len(attempts) > 300
+    assert 0.4 < sum(attempts) / len(attempts) < 0.6
 
 
 def test_it_thinks_by_the_template(model):

@@ -102,6 +102,8 @@ def test_error_rates_take_the_nearest_way():
     assert rates.phoneme == pytest.approx(3 / 7)
     assert rates.word == pytest.approx(2 / 3)
     assert error_rates([("Z", "UW")], [[["Z", "UW"]]]) == (0, 0)
+    # Two ways are equally near: the first, usual one counts.
+    assert error_rates([["K", "AE"]], [[("K", "AE", "T"), ("K",)]]).phoneme == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(("guesses", "references"), [([], []), ([["Z"]], [[]])])

@@ -138,6 +138,10 @@ def test_a_default_system_message_where_one_is_wanted():
     assert ThinkingTemplate(system=SMOLLM_SYSTEM).render(CHAT[:1]) == chatml(CHAT[:1])
     assert TEMPLATE.render(CHAT[:1]) == chatml(CHAT[:1], system=None)
     assert encode_chat(qwen(), CHAT[:1]) == ThinkingTemplate(system=SMOLLM_SYSTEM).encode(qwen(), CHAT[:1])
+    own = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2"}]
+    template = ThinkingTemplate(system="Be kind.")
+    assert template.render(own).count("<|im_start|>system") == 1
+    assert qwen().decode(template.encode(qwen(), own)) == template.render(own)
 
 
 # The parser.
@@ -183,6 +187,7 @@ def test_other_tags(thought, answer):
         ("", (None, "", False)),
         ("<think>\n6\n9", ("6\n9", None, False)),
         ("<think>", ("", None, False)),
+        ("<think>\n6\n", ("6\n", None, False)),  # cut off behind a line: the newline is the thought's
         ("Well. <think>6</think>9", ("6", "9", True)),  # text before the span is neither
         ("6\n9\n</think>\n\n9", ("6\n9", "9", True)),  # R1: the prompt opened it
         ("<think>a<think>b</think>c</think>d", ("a<think>b", "c</think>d", True)),

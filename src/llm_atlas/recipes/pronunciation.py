@@ -60,6 +60,8 @@ SEEDS = (0, 1, 2)
 BATCH = 128
 STEPS = 1000
 HOUSE_STEPS = 9000
+EARLY = 20
+"""Steps at the beginning whose mean loss is kept, so that a run can be begun again and compared."""
 RATES = {"encoder-decoder": 3e-3, "decoder": 1e-2, "prefix": 3e-3}
 SHAPE = {"dim": 96, "heads": 4, "hidden": 256}
 LAYERS = {"encoder": 2, "decoder": 2, "alone": 5}
@@ -276,6 +278,7 @@ def run(
         "word_error": rates.word,
         "loss": loss,
         "training_loss": sum(last) / len(last),
+        "early_loss": sum(losses[:EARLY]) / len(losses[:EARLY]),
     }
 
 
