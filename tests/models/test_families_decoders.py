@@ -377,6 +377,19 @@ def test_old_configurations_are_read():
     )
 
 
+def test_old_configurations_that_leave_a_default_out():
+    """A quarter of a head turns in GPT-NeoX, every sixth layer of Gemma 3 is full: transformers' own defaults."""
+    old = theirs("gpt_neox")[1].to_dict()
+    old = {name: value for name, value in old.items() if name not in ("rope_parameters", "rotary_pct")}
+    ours = from_gpt_neox_config(old)
+    assert ours.rotary_dim == ours.dim // ours.heads // 4
+    old = theirs("gemma3_text")[1].to_dict()
+    for name in ("rope_parameters", "layer_types", "sliding_window_pattern"):
+        old.pop(name, None)
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None, "num_hidden_layers": 13}
+    assert from_gemma3_config(old).full_layers == (5, 11)
+
+
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [

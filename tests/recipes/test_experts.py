@@ -359,6 +359,19 @@ def test_what_is_measured_is_other_text_than_what_is_read(monkeypatch):
     assert row["loss_curve"] == pytest.approx(losses, rel=1e-4)
 
 
+def test_routing_is_that_of_the_held_out_text_and_beside_it_that_of_the_same_seed_untrained(monkeypatch):
+    monkeypatch.setattr(recipe, "WINDOWS", 2 * BATCH)
+    row = run("top 2, loss", RATE, 1, steps=3, ids=TEXT)
+    seen, _, held_out = split(TEXT)
+    model, _, _ = train("top 2, loss", RATE, 1, steps=3, ids=seen)
+    windows = held_out_windows(held_out, batch=recipe.WINDOWS, length=LENGTH)
+    alike = recipe.measure_routing(model, make_model("top 2, loss", 1).eval(), windows)
+    assert {name: row[name] for name in alike} == alike
+    for other, text in ((0, windows), (1, held_out_windows(seen, batch=recipe.WINDOWS, length=LENGTH))):
+        found = recipe.measure_routing(model, make_model("top 2, loss", other).eval(), text)
+        assert found["byte_information_untrained"] != row["byte_information_untrained"]
+
+
 def test_a_slice_for_a_page():
     found = train_a_little(steps=4, ids=TEXT)
     assert list(found) == ["top 1, none", "top 1, loss"]
