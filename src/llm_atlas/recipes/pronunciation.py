@@ -32,7 +32,7 @@ from llm_atlas.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfi
 from llm_atlas.models.families import load_weights
 from llm_atlas.models.inspect import hooked
 from llm_atlas.nn.attention import attention_weights
-from llm_atlas.nn.masks import PAD, left_pad
+from llm_atlas.nn.masks import PAD, causal_mask, left_pad
 from llm_atlas.recipes import environment, initialize, one_thread, sweep, warmup_then_cosine, write_json
 from llm_atlas.text.pronunciations import (
     LETTERS,
@@ -168,7 +168,7 @@ def prefix_mask(positions: Int[Tensor, "batch seq"], prefix: int) -> Bool[Tensor
     Dong et al. 2019, section 2.1 (arXiv 1905.03197); Raffel et al. 2019, section 3.2.1 (arXiv 1910.10683).
     """
     place = torch.arange(positions.shape[1], device=positions.device)
-    seen = (place[:, None] >= place) | (place < prefix)
+    seen = causal_mask(len(place), device=place.device) | (place < prefix)
     return (seen & (positions > PAD)[:, None, :])[:, None]
 
 
